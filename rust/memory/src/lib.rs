@@ -1,0 +1,376 @@
+//! Guest memory: backings (memfds mapped into this process) and the p2m, the
+//! only way from a guest frame number to host memory.
+//!
+//! `p2m entry = host address of the frame | flags`. Frames without an entry are
+//! not RAM: an access to them is an MMIO exit.
+
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::Mutex;
+
+/// Bytes in a guest frame.
+pub const PAGE_SIZE: u64 = 4096;
+/// log2 of [`PAGE_SIZE`].
+pub const PAGE_SHIFT: u32 = 12;
+
+/// The frame is backed by memory.
+pub const P2M_PRESENT: u64 = 1 << 0;
+/// The guest may write the frame (clear: ROM, writes become MMIO exits).
+pub const P2M_WRITABLE: u64 = 1 << 1;
+/// Decoded instructions of this frame exist: a write must invalidate them.
+pub const P2M_CODE: u64 = 1 << 2;
+/// The frame was written since the dirty log was last taken.
+pub const P2M_DIRTY: u64 = 1 << 3;
+/// Another process may write the frame (DMA): it is never run from decoded code.
+pub const P2M_FOREIGN: u64 = 1 << 4;
+/// All flag bits of an entry; the rest is the host address.
+pub const P2M_FLAGS: u64 = PAGE_SIZE - 1;
+
+const LEAF_SHIFT: u32 = 9;
+const LEAF_ENTRIES: usize = 1 << LEAF_SHIFT;
+/// Guest-physical address bits (1 TiB).
+pub const PHYS_BITS: u32 = 40;
+const TOP_ENTRIES: usize = 1 << (PHYS_BITS - PAGE_SHIFT - LEAF_SHIFT);
+
+type Leaf = [AtomicU64; LEAF_ENTRIES];
+
+struct Backing {
+    base: *mut u8,
+    size: u64,
+}
+
+/// A run of frames as [`Memory::runs`] reports it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First guest frame.
+    pub gfn: u64,
+    /// Number of frames.
+    pub count: u64,
+    /// Backing that holds them.
+    pub backing: usize,
+    /// Byte offset of the first frame in the backing.
+    pub offset: u64,
+    /// P2M flags of the run.
+    pub flags: u64,
+}
+
+/// Why a memory operation was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryError {
+    /// A frame number or address is beyond [`PHYS_BITS`].
+    OutOfRange,
+    /// No backing of that number, or the range is not inside it.
+    BadBacking,
+    /// Part of the range is not RAM.
+    NotRam(u64),
+    /// `mmap` failed with this errno.
+    Map(i32),
+}
+
+/// The memory of one domain.
+pub struct Memory {
+    backings: Mutex<Vec<Backing>>,
+    top: Box<[AtomicPtr<Leaf>]>,
+    stale_code: Mutex<Vec<u64>>,
+    stale_pending: AtomicBool,
+    generation: AtomicU64,
+}
+
+// SAFETY: the raw pointers are mmaps owned by this object and never unmapped
+// before it is dropped; p2m entries are atomics; the guest memory itself is
+// only touched through raw pointers, as memory shared with the guest must be.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Memory {
+    /// An empty memory: no backing, no frame.
+    pub fn new() -> Self {
+        let top = (0..TOP_ENTRIES).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
+        Memory {
+            backings: Mutex::new(Vec::new()),
+            top,
+            stale_code: Mutex::new(Vec::new()),
+            stale_pending: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+        }
+    }
+
+    /// Maps `size` bytes of the file descriptor shared; returns the backing's number.
+    pub fn add_backing(&self, fd: i32, size: u64) -> Result<usize, MemoryError> {
+        // SAFETY: a fresh shared mapping of a descriptor; no existing memory is affected.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(MemoryError::Map(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
+        }
+        let mut backings = self.backings.lock().unwrap();
+        backings.push(Backing { base: base.cast(), size });
+        Ok(backings.len() - 1)
+    }
+
+    fn slot(&self, gfn: u64, create: bool) -> Option<&AtomicU64> {
+        let top = (gfn >> LEAF_SHIFT) as usize;
+        let cell = self.top.get(top)?;
+        let mut leaf = cell.load(Ordering::Acquire);
+        if leaf.is_null() {
+            if !create {
+                return None;
+            }
+            let fresh: Box<Leaf> = Box::new(std::array::from_fn(|_| AtomicU64::new(0)));
+            let raw = Box::into_raw(fresh);
+            match cell.compare_exchange(ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => leaf = raw,
+                Err(other) => {
+                    // SAFETY: `raw` came from Box::into_raw above and was not published.
+                    drop(unsafe { Box::from_raw(raw) });
+                    leaf = other;
+                }
+            }
+        }
+        // SAFETY: leaves are published once and freed only when the Memory is dropped.
+        let leaf = unsafe { &*leaf };
+        Some(&leaf[gfn as usize & (LEAF_ENTRIES - 1)])
+    }
+
+    /// The p2m entry of a frame; 0 if it is not RAM.
+    #[inline]
+    pub fn entry(&self, gfn: u64) -> u64 {
+        match self.slot(gfn, false) {
+            Some(slot) => slot.load(Ordering::Acquire),
+            None => 0,
+        }
+    }
+
+    /// Sets flag bits of a present frame; returns the entry as it was before.
+    #[inline]
+    pub fn set_flags(&self, gfn: u64, flags: u64) -> u64 {
+        match self.slot(gfn, false) {
+            Some(slot) => slot.fetch_or(flags & P2M_FLAGS, Ordering::AcqRel),
+            None => 0,
+        }
+    }
+
+    /// Clears flag bits of a frame; returns the entry as it was before.
+    #[inline]
+    pub fn clear_flags(&self, gfn: u64, flags: u64) -> u64 {
+        match self.slot(gfn, false) {
+            Some(slot) => slot.fetch_and(!(flags & P2M_FLAGS), Ordering::AcqRel),
+            None => 0,
+        }
+    }
+
+    /// Points `count` frames from `gfn` on at `offset` in a backing.
+    pub fn map(&self, gfn: u64, count: u64, backing: usize, offset: u64, flags: u64) -> Result<(), MemoryError> {
+        let end = gfn.checked_add(count).ok_or(MemoryError::OutOfRange)?;
+        if end > 1 << (PHYS_BITS - PAGE_SHIFT) {
+            return Err(MemoryError::OutOfRange);
+        }
+        let base = {
+            let backings = self.backings.lock().unwrap();
+            let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+            let bytes = count.checked_mul(PAGE_SIZE).ok_or(MemoryError::BadBacking)?;
+            let last = offset.checked_add(bytes).ok_or(MemoryError::BadBacking)?;
+            if offset % PAGE_SIZE != 0 || last > b.size {
+                return Err(MemoryError::BadBacking);
+            }
+            b.base as u64 + offset
+        };
+        for i in 0..count {
+            let slot = self.slot(gfn + i, true).ok_or(MemoryError::OutOfRange)?;
+            slot.store((base + i * PAGE_SIZE) | (flags & P2M_FLAGS) | P2M_PRESENT, Ordering::Release);
+        }
+        self.changed();
+        Ok(())
+    }
+
+    /// Removes frames from the p2m: they are not RAM any more.
+    pub fn unmap(&self, gfn: u64, count: u64) {
+        for i in 0..count {
+            if let Some(slot) = self.slot(gfn + i, false) {
+                slot.store(0, Ordering::Release);
+            }
+        }
+        self.changed();
+    }
+
+    fn changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Changes whenever frames were mapped, unmapped or the dirty log was taken:
+    /// whoever caches translations must then drop them.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The p2m as runs of frames that are contiguous in their backing.
+    pub fn runs(&self) -> Vec<Run> {
+        let backings = self.backings.lock().unwrap();
+        let mut out: Vec<Run> = Vec::new();
+        for (t, cell) in self.top.iter().enumerate() {
+            let leaf = cell.load(Ordering::Acquire);
+            if leaf.is_null() {
+                continue;
+            }
+            // SAFETY: see slot().
+            let leaf = unsafe { &*leaf };
+            for (l, slot) in leaf.iter().enumerate() {
+                let entry = slot.load(Ordering::Acquire);
+                if entry & P2M_PRESENT == 0 {
+                    continue;
+                }
+                let gfn = ((t << LEAF_SHIFT) | l) as u64;
+                let host = entry & !P2M_FLAGS;
+                let flags = entry & (P2M_WRITABLE | P2M_FOREIGN);
+                let Some((backing, b)) = backings
+                    .iter()
+                    .enumerate()
+                    .find(|(_, b)| host >= b.base as u64 && host < b.base as u64 + b.size)
+                else {
+                    continue;
+                };
+                let offset = host - b.base as u64;
+                if let Some(last) = out.last_mut() {
+                    if last.gfn + last.count == gfn
+                        && last.backing == backing
+                        && last.flags == flags
+                        && last.offset + last.count * PAGE_SIZE == offset
+                    {
+                        last.count += 1;
+                        continue;
+                    }
+                }
+                out.push(Run { gfn, count: 1, backing, offset, flags });
+            }
+        }
+        out
+    }
+
+    /// Copies guest-physical memory out. Every byte must be RAM.
+    pub fn read(&self, gpa: u64, out: &mut [u8]) -> Result<(), MemoryError> {
+        self.chunks(gpa, out.len(), |entry, at, from, len| {
+            // SAFETY: the entry's page is mapped while self lives; `at + len` stays in it.
+            unsafe {
+                ptr::copy_nonoverlapping(
+                    ((entry & !P2M_FLAGS) as *const u8).add(at),
+                    out.as_mut_ptr().add(from),
+                    len,
+                );
+            }
+        })
+    }
+
+    /// Copies bytes into guest-physical memory, as DMA does: decoded code of the
+    /// frames is dropped and they count as dirty. Every byte must be RAM; ROM is
+    /// written too (this is how it is loaded).
+    pub fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemoryError> {
+        self.chunks(gpa, data.len(), |_, _, _, _| ())?;
+        let mut gfn = gpa >> PAGE_SHIFT;
+        self.chunks(gpa, data.len(), |entry, at, from, len| {
+            // SAFETY: as in read().
+            unsafe {
+                ptr::copy_nonoverlapping(
+                    data.as_ptr().add(from),
+                    ((entry & !P2M_FLAGS) as *mut u8).add(at),
+                    len,
+                );
+            }
+            let before = self.set_flags(gfn, P2M_DIRTY);
+            if before & P2M_CODE != 0 {
+                self.post_stale_code(gfn);
+            }
+            gfn += 1;
+        })
+    }
+
+    fn chunks(
+        &self,
+        gpa: u64,
+        len: usize,
+        mut f: impl FnMut(u64, usize, usize, usize),
+    ) -> Result<(), MemoryError> {
+        gpa.checked_add(len as u64).ok_or(MemoryError::OutOfRange)?;
+        let mut done = 0usize;
+        while done < len {
+            let at = gpa + done as u64;
+            let entry = self.entry(at >> PAGE_SHIFT);
+            if entry & P2M_PRESENT == 0 {
+                return Err(MemoryError::NotRam(at));
+            }
+            let offset = (at & (PAGE_SIZE - 1)) as usize;
+            let n = (PAGE_SIZE as usize - offset).min(len - done);
+            f(entry, offset, done, n);
+            done += n;
+        }
+        Ok(())
+    }
+
+    fn post_stale_code(&self, gfn: u64) {
+        self.stale_code.lock().unwrap().push(gfn);
+        self.stale_pending.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Memory::take_stale_code`] has something to return.
+    #[inline]
+    pub fn stale_code_pending(&self) -> bool {
+        self.stale_pending.load(Ordering::Acquire)
+    }
+
+    /// Frames whose decoded code was overwritten from outside the vCPU.
+    pub fn take_stale_code(&self) -> Vec<u64> {
+        self.stale_pending.store(false, Ordering::Release);
+        std::mem::take(&mut *self.stale_code.lock().unwrap())
+    }
+
+    /// Frames written since the last call, in order; clears the log.
+    pub fn take_dirty(&self) -> Vec<u64> {
+        let mut out = Vec::new();
+        for (t, cell) in self.top.iter().enumerate() {
+            let leaf = cell.load(Ordering::Acquire);
+            if leaf.is_null() {
+                continue;
+            }
+            // SAFETY: see slot().
+            let leaf = unsafe { &*leaf };
+            for (l, slot) in leaf.iter().enumerate() {
+                if slot.fetch_and(!P2M_DIRTY, Ordering::AcqRel) & P2M_DIRTY != 0 {
+                    out.push(((t << LEAF_SHIFT) | l) as u64);
+                }
+            }
+        }
+        self.changed();
+        out
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for cell in self.top.iter() {
+            let leaf = cell.load(Ordering::Acquire);
+            if !leaf.is_null() {
+                // SAFETY: leaves come from Box::into_raw in slot().
+                drop(unsafe { Box::from_raw(leaf) });
+            }
+        }
+        for b in self.backings.lock().unwrap().iter() {
+            // SAFETY: mapped in add_backing with this size; nobody holds self any more.
+            unsafe { libc::munmap(b.base.cast(), b.size as usize) };
+        }
+    }
+}

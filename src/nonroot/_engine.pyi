@@ -1,0 +1,110 @@
+"""The Rust engines. Python code uses them through :mod:`nonroot.engines`."""
+
+from typing import Any, final
+
+VERSION: str
+
+@final
+class Memory:
+    """Guest memory of one domain: backings (memfds) and the p2m."""
+
+    def __init__(self) -> None: ...
+    def add_backing(self, fd: int, size: int) -> int:
+        """Map ``size`` bytes of ``fd`` shared; returns the backing's number. OSError if mmap fails."""
+    def map(self, gfn: int, count: int, backing: int, offset: int, writable: bool = True) -> None:
+        """Point ``count`` frames from ``gfn`` on at ``offset`` (bytes) of a backing. ValueError if out of range."""
+    def unmap(self, gfn: int, count: int) -> None: ...
+    def lookup(self, gfn: int) -> tuple[int, int, bool] | None:
+        """(backing, offset, writable) of a frame; None if it is not RAM."""
+    def runs(self) -> list[tuple[int, int, int, int, bool]]:
+        """(gfn, count, backing, offset, writable) for each contiguous run."""
+    def read(self, gpa: int, length: int) -> bytes:
+        """Guest-physical bytes. ValueError naming the address if some of it is not RAM."""
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write like DMA: decoded code is dropped, frames count as dirty; ROM too."""
+    def take_dirty(self) -> list[int]:
+        """Frames written since the last call, ascending; clears the log."""
+
+@final
+class Vcpu:
+    """One vCPU under the ``interpret`` engine."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        apic_id: int,
+        cpuid: list[tuple[int, int, int, int, int, int]],
+        msrs: dict[int, tuple[int, int]],
+        options: dict[str, Any],
+    ) -> None:
+        """
+        ``cpuid``: (leaf, subleaf, eax, ebx, ecx, edx); subleaf 0xffffffff answers every subleaf. Dynamic bits
+        (OSXSAVE, APIC enable, APIC ids, XSAVE sizes) are filled in by the engine.
+        ``msrs``: index -> (value at reset, mask of writable bits) of plain storage MSRs; an MSR known neither here nor
+        to the engine raises #GP in the guest, or exits if ``options["msr_exits"]`` is true.
+        ``options``: ``tsc_khz`` (int, default 1_000_000), ``apic_bus_hz`` (int, 25_000_000),
+        ``virtual_time`` (None or (numerator, denominator) ns per retired instruction), ``off`` (names of optimisations
+        to switch off, see :func:`optimisations`), ``msr_exits`` (bool), ``exception_exits`` (bitmap of vectors),
+        ``cr_exits`` (bool).
+        """
+    def run(self, deadline_ns: int | None = None, limit: int | None = None) -> tuple[Any, ...]:
+        """
+        Run until an exit; releases the GIL. ``deadline_ns``: machine time at which to return ``Interrupted`` (also out of
+        a halt: with a deadline, HLT inside ``run`` still returns Halt at once). ``limit``: the number of retired
+        instructions (total) at which to return ``Interrupted``, exactly.
+        Returns a tuple whose first item is the exit's number, see :mod:`nonroot.engines.exits`:
+        (0 PORT_IO, port, size, write, count, data: bytes) · (1 MMIO, gpa, size, write, data) · (2 HALT,) ·
+        (3 HYPERCALL, vmmcall) · (4 MSR_READ, index) · (5 MSR_WRITE, index, value) · (6 CPUID, leaf, subleaf) ·
+        (7 IOAPIC_EOI, vector) · (8 PIC_ACKNOWLEDGE,) · (9 INTERRUPT_WINDOW,) · (10 EXCEPTION, vector, error | None, address) ·
+        (11 CR_WRITE, register, value) · (12 DEBUG, dr6) · (13 TRIPLE_FAULT,) · (14 IPI, vector, mode, shorthand, logical,
+        level, assert, destination) · (15 INTERRUPTED,) · (16 FAILURE, reason)
+        """
+    def complete(self, data: bytes) -> None:
+        """Answer the last PORT_IO input, MMIO load, MSR_READ (8 bytes) or CPUID (16 bytes) exit."""
+    def fail(self) -> None:
+        """Answer the last MSR_READ or MSR_WRITE exit with #GP."""
+    def set_pic_vector(self, vector: int) -> None:
+        """Answer PIC_ACKNOWLEDGE."""
+    def kick(self) -> None:
+        """Make ``run`` (or ``wait``) return Interrupted soon, from any thread; if not running, the next ``run`` returns at once."""
+    def wait(self, deadline_ns: int | None) -> bool:
+        """Sleep (GIL released, no CPU) until an interrupt is deliverable, ``kick``, or machine time reaches the
+        deadline; the LAPIC timer is included. True if there is something to run."""
+    def set_pic_line(self, asserted: bool) -> None:
+        """The PIC's INTR output, from any thread."""
+    def signal(self, vector: int, mode: int, level: bool) -> None:
+        """Deliver an interrupt message to this LAPIC (mode as in the ICR), from any thread."""
+    def lapic_matches(self, destination: int, logical: bool) -> bool: ...
+    def nmi(self) -> None: ...
+    def interrupt(self, vector: int) -> None:
+        """Inject an external interrupt vector as soon as RFLAGS.IF and shadows allow (no LAPIC or PIC involved)."""
+    def request_interrupt_window(self, wanted: bool) -> None: ...
+    def set_guest_debug(self, single_step: bool, breakpoints: list[tuple[int, int, int]]) -> None:
+        """Debug exits for the caller, invisible to the guest: breakpoints are (address, length 1/2/4/8, type 0 exec, 1 write, 3 rw)."""
+    def state(self) -> dict[str, Any]:
+        """The complete architectural state, engine-independent; keys in :class:`nonroot.engines.state.VcpuState`."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Check, then apply. ValueError names the bad field; nothing is changed then."""
+    def now_ns(self) -> int:
+        """Machine time in ns."""
+    def set_now_ns(self, now: int) -> None:
+        """Move machine time (idle skips in virtual time; restore)."""
+    def retired(self) -> int:
+        """Guest instructions retired so far (a REP iteration counts as one)."""
+    def statistics(self) -> dict[str, int]: ...
+    def translate(self, linear: int) -> int | None:
+        """Guest-physical address of a linear address as supervisor, without side effects; None if not mapped."""
+    def flush(self) -> None:
+        """Drop all cached translations and decoded code."""
+
+def optimisations() -> list[tuple[str, str]]:
+    """(name, one-line description) of every optimisation that can be switched off."""
+
+def coverage() -> list[tuple[str, str]]:
+    """(iced instruction code name, how: "interpreted" | "native" | "missing") for every code of an x86-64 CPU."""
+
+def agent(bits: int) -> bytes:
+    """The guest agent (a static ELF) for 32- or 64-bit guests. ValueError if this build has none."""
+
+def tiny_guest() -> bytes:
+    """The built-in guest: an ELF with a PVH note. ValueError if this build has none."""
