@@ -18,7 +18,7 @@ pub mod reg {
     pub const RDI: usize = 7;
     /// Always reads as zero: an absent base or index.
     pub const ZERO: usize = 16;
-    /// Linear... instruction pointer of the running block's first instruction.
+    /// Instruction pointer of the running block's first instruction.
     pub const BLOCK_RIP: usize = 17;
 }
 
@@ -192,9 +192,13 @@ pub enum StopReason {
     /// It needs the caller of `run`; it has not changed anything and is
     /// executed again, or completed, on the next `run`.
     Exit(Exit),
+    /// It completed, `rip` goes on, and the caller of `run` is needed.
+    ExitAfter(Exit),
     /// It ended early for an interrupt between iterations (REP), `rip` still
     /// points at it and registers are consistent.
     Restart,
+    /// The block that it is in was overwritten: look it up again.
+    Stale,
 }
 
 /// An exception on its way to delivery.
