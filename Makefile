@@ -1,0 +1,95 @@
+# nonroot's chores. Each sets up what it needs the first time, in .venv and rust/target, and nothing outside this folder
+# and the user's cache.
+#
+#   make demo      boot Debian's kernel in a domain, run uname -a in it, power off
+#   make test      the tests, at most 5 minutes
+#   make check     formats, lints, types, import rules, unused dependencies
+#   make test-all  every test but the soak ones, at most 40 minutes
+#   make soak      the long loops; can be interrupted and resumed
+#   make bench     the boot, side by side with QEMU's software CPU
+#   make wheel     one abi3 wheel in dist/
+#   make clean     removes what was built here
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMPS := .stamps
+export CARGO_TERM_COLOR ?= auto
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+CARGO        := cargo
+MANIFEST     := --manifest-path rust/Cargo.toml
+ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
+
+.PHONY: demo test check test-all soak bench wheel clean engine dev guests cargo-test
+.DEFAULT_GOAL := demo
+
+$(STAMPS)/venv: scripts/preflight
+	@scripts/preflight
+	@mkdir -p $(STAMPS)
+	@echo "setup: making $(VENV)"
+	@test -x $(PY) || "$$(scripts/preflight --python)" -m venv $(VENV)
+	@touch $@
+
+$(STAMPS)/runtime: $(STAMPS)/venv pyproject.toml scripts/requirements
+	@echo "setup: installing the run-time dependencies"
+	@$(PY) -m pip install --quiet $$($(PY) scripts/requirements build runtime)
+	@touch $@
+
+$(STAMPS)/engine: $(STAMPS)/runtime $(ENGINE_FILES)
+	@echo "setup: building the engine"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --quiet --release --locked
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/engine pyproject.toml scripts/requirements
+	@echo "setup: installing the development tools"
+	@$(PY) -m pip install --quiet $$($(PY) scripts/requirements dev)
+	@touch $@
+
+engine: $(STAMPS)/engine
+dev: $(STAMPS)/dev
+
+# A machine without apt or network still tests what needs no Linux; the command says what is missing.
+guests: $(STAMPS)/engine
+	@$(PY) -m nonroot.guests fetch cloud-amd64 686-pae || true
+
+demo: $(STAMPS)/engine
+	@$(PY) scripts/demo.py
+
+# The release profile shares everything that the extension's build compiled.
+cargo-test:
+	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --release --locked --quiet
+
+test: $(STAMPS)/dev guests cargo-test
+	$(PY) -m pytest -q -m "not slow and not soak"
+
+# The debug profile adds Rust's overflow checks and debug assertions.
+test-all: $(STAMPS)/dev
+	@$(PY) -m nonroot.guests fetch cloud-amd64 amd64 686-pae 686 || true
+	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --locked --quiet
+	$(PY) -m pytest -q -m "not soak"
+
+soak: $(STAMPS)/dev guests
+	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench: $(STAMPS)/dev guests
+	$(PY) bench/boot.py $(BENCH)
+
+check: $(STAMPS)/dev
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(PY) -m mypy.stubtest nonroot._engine --concise
+	$(PY) scripts/check_imports.py
+	$(VENV)/bin/deptry src
+	$(PY) scripts/check_crates.py
+	$(CARGO) fmt $(MANIFEST) --all --check
+	$(CARGO) clippy $(MANIFEST) --workspace --all-targets --locked --quiet -- -D warnings
+	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight .ci/run; \
+	else echo "shellcheck is not installed: skipped"; fi
+	@echo "check: all clean"
+
+wheel: $(STAMPS)/runtime
+	$(VENV)/bin/maturin build --release --locked --out dist
+
+clean:
+	rm -rf $(VENV) $(STAMPS) build dist rust/target src/nonroot/_engine*.so
