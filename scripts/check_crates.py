@@ -24,7 +24,9 @@ def unused(manifest: Path) -> list[str]:
 def main() -> int:
     members = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["members"]
     found = [
-        f"rust/{member}/Cargo.toml: {name} is not used" for member in members for name in unused(ROOT / member / "Cargo.toml")
+        f"rust/{member}/Cargo.toml: {name} is not used"
+        for member in members
+        for name in unused(ROOT / member / "Cargo.toml")
     ]
     print("\n".join(found) or "crates: every dependency is used")
     return 1 if found else 0

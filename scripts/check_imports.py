@@ -15,8 +15,8 @@ SOURCE = ROOT / "src"
 
 # Modules of the outside world: files, processes, sockets, threads, clocks, chance.
 OUTSIDE_WORLD = frozenset(
-    "asyncio datetime fcntl http io logging mmap multiprocessing os pathlib random secrets select selectors shutil signal "
-    "socket subprocess sys tempfile termios threading time tty urllib".split()
+    "asyncio datetime fcntl http io logging mmap multiprocessing os pathlib random secrets select selectors shutil "
+    "signal socket subprocess sys tempfile termios threading time tty urllib".split()
 )
 # Builtins that reach it without an import.
 OUTSIDE_BUILTINS = frozenset({"open", "print", "input"})
