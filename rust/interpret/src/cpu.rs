@@ -19,7 +19,7 @@ pub struct Cpu {
     pub cpl: u8,
     /// Decoding and addressing mode, derived by [`Cpu::update_mode`].
     pub mode: Mode,
-    /// ES, SS and DS are flat 32-bit segments (base 0, limit 4 GiB, writable, usable).
+    /// ES, SS, DS and CS are flat 32-bit segments (base 0, limit 4 GiB, writable, usable).
     pub flat: bool,
     /// Where execution goes on after the current instruction, for instructions
     /// run by the general executor: set to the following instruction before it
@@ -73,8 +73,16 @@ pub struct Cpu {
     pub want_window: bool,
     /// Debugging by the caller: single step and breakpoints that the guest cannot see.
     pub guest_debug: crate::debug::GuestDebug,
-    /// The run loop must look at interrupts and requests before the next block.
-    pub attention: bool,
+    /// An NMI waits for delivery.
+    pub nmi_pending: bool,
+    /// Instructions must be run one by one (debugging); see `needs_stepping`.
+    pub stepping: bool,
+    /// REP iterations that may still run before the clock, a limit or requests
+    /// must be looked at.
+    pub rep_budget: u64,
+    /// Iterations of the current REP instruction beyond the first, and those before
+    /// a restart: added to [`Cpu::retired`] when it ends or stops.
+    pub rep_iterations: u64,
     /// Exits to make before the next instruction (interrupt commands, EOIs).
     pub pending_exits: Vec<Exit>,
     /// IA32_APIC_BASE does not hold its usual address.
@@ -118,6 +126,49 @@ pub enum Reply {
 }
 
 impl Cpu {
+    /// A vCPU after power-on: real mode at the reset vector.
+    pub fn new(mem: SharedMemory, config: Config) -> Box<Cpu> {
+        let mut cpu = Box::new(Cpu {
+            r: Registers::default(),
+            cpl: 0,
+            mode: Mode::Real,
+            flat: false,
+            next_rip: 0,
+            tlb: Tlb::default(),
+            stop: None,
+            pending_db: 0,
+            shadow: 0,
+            nmi_blocked: false,
+            activity: Activity::Running,
+            retired: 0,
+            retired_in_block: 0,
+            fpu: VectorState::default(),
+            msr: Msrs::default(),
+            lapic: Lapic::new(config.apic_id, config.tsc_khz, config.apic_bus_hz),
+            clock: config.clock.clone(),
+            config,
+            mem,
+            mailbox: Arc::new(Mailbox::default()),
+            cache: CodeCache::default(),
+            mmio: MmioLog::default(),
+            reply: None,
+            pending_event: None,
+            pic_vector: None,
+            injected: None,
+            want_window: false,
+            guest_debug: crate::debug::GuestDebug::default(),
+            nmi_pending: false,
+            stepping: false,
+            rep_budget: 0,
+            rep_iterations: 0,
+            pending_exits: Vec::new(),
+            lapic_moved: false,
+            stats: Statistics::default(),
+        });
+        cpu.update_mode();
+        cpu
+    }
+
     // ---- how an instruction stops -------------------------------------------------
 
     /// Raises an exception; use as `return Err(cpu.fault(vector::GP, Some(0)))`.
@@ -251,7 +302,10 @@ impl Cpu {
                     == ar::S | ar::RW | ar::P
         }
         let s = &self.r.seg;
+        let cs = &s[seg::CS];
         self.flat = self.mode == Mode::Protected32
+            && cs.base == 0
+            && cs.limit == 0xffff_ffff
             && is_flat(&s[seg::DS])
             && is_flat(&s[seg::ES])
             && is_flat(&s[seg::SS])

@@ -361,6 +361,8 @@ pub struct Mailbox {
     pub wake: Condvar,
     /// The lock of `wake`.
     pub wake_lock: Mutex<()>,
+    /// The PIC's INTR output.
+    pub pic_line: std::sync::atomic::AtomicBool,
     /// Instructions retired, published at every exit and slice.
     pub retired: AtomicU64,
 }
@@ -371,12 +373,14 @@ pub mod request {
     pub const KICK: u32 = 1 << 0;
     /// `messages` is not empty.
     pub const MESSAGE: u32 = 1 << 1;
-    /// The PIC's output is asserted.
+    /// The PIC's output changed.
     pub const PIC: u32 = 1 << 2;
-    /// An NMI is pending.
+    /// An NMI was signalled.
     pub const NMI: u32 = 1 << 3;
     /// Decoded code or translations may be stale (DMA, p2m change).
     pub const MEMORY: u32 = 1 << 4;
+    /// The vCPU itself: pending interrupts, IF or shadows changed.
+    pub const LOCAL: u32 = 1 << 5;
 }
 
 /// An interrupt message for a local APIC.
@@ -414,7 +418,7 @@ pub enum Clock {
 #[derive(Clone, Debug)]
 pub struct Registers {
     /// RAX..R15, then a constant zero and the block's RIP (see [`reg`]).
-    pub gpr: [u64; 18],
+    pub gpr: [u64; 32],
     /// Instruction pointer; exact between instructions.
     pub rip: u64,
     /// Status flags, lazily evaluated.
@@ -459,7 +463,7 @@ impl Default for Registers {
         let data = Segment { base: 0, limit: 0xffff, ar: 0x93, selector: 0 };
         let mut seg = [data; 6];
         seg[self::seg::CS] = Segment { base: 0xffff_0000, limit: 0xffff, ar: 0x9b, selector: 0xf000 };
-        let mut gpr = [0; 18];
+        let mut gpr = [0; 32];
         gpr[reg::RDX] = 0x600;
         Registers {
             gpr,

@@ -1,0 +1,437 @@
+//! The run loop: blocks, requests, interrupts, time, exits.
+
+use crate::code_cache::Block;
+use crate::cpu::Cpu;
+use crate::events::{Event, EventKind};
+use crate::state::*;
+use std::sync::atomic::Ordering;
+
+/// Instructions between two looks at the clock.
+const SLICE: u64 = 20_000;
+
+/// How a block ended.
+enum Ended {
+    /// Its last operation set `rip`.
+    Complete,
+    /// An exit for the caller.
+    Exit(Exit),
+    /// Look for the next block (exception delivered, stale code, …).
+    Again,
+}
+
+impl Cpu {
+    /// Runs the guest until an exit. `deadline_ns`: machine time, `limit`: retired
+    /// instructions (total), at which to return [`Exit::Interrupted`].
+    pub fn run(&mut self, deadline_ns: Option<u64>, limit: Option<u64>) -> Exit {
+        let exit = self.run_inner(deadline_ns.unwrap_or(u64::MAX), limit.unwrap_or(u64::MAX));
+        self.mailbox.retired.store(self.retired, Ordering::Relaxed);
+        exit
+    }
+
+    fn run_inner(&mut self, deadline_ns: u64, limit: u64) -> Exit {
+        self.memory_changed();
+        // Something may have changed while nobody was looking.
+        self.interrupts_changed();
+        if self.mmio.active() || self.reply.is_some() {
+            if let Some(exit) = self.finish_instruction() {
+                return exit;
+            }
+        }
+        let mut slice_end = self.retired;
+        loop {
+            if self.mailbox.requests.load(Ordering::Relaxed) != 0 {
+                if let Some(exit) = self.attend(limit) {
+                    return exit;
+                }
+                continue;
+            }
+            if self.retired >= slice_end {
+                if let Some(exit) = self.tick(deadline_ns, limit) {
+                    return exit;
+                }
+                slice_end = self.next_slice(deadline_ns, limit);
+                if self.mailbox.requests.load(Ordering::Relaxed) != 0 {
+                    continue;
+                }
+            }
+            if self.activity != Activity::Running {
+                return self.idle_exit();
+            }
+            if self.stepping {
+                if let Some(exit) = self.step(limit) {
+                    return exit;
+                }
+                continue;
+            }
+            let block = match self.find_block() {
+                Ok(block) => block,
+                Err(Stop) => match self.stopped(0, 0) {
+                    Ended::Exit(exit) => return exit,
+                    _ => continue,
+                },
+            };
+            // SAFETY: blocks live until the cache is flushed, which only find_block does.
+            let b = unsafe { &*block };
+            if self.retired + u64::from(b.count) > slice_end {
+                // An exact limit may lie inside the block.
+                if self.retired + u64::from(b.count) > limit || matches!(self.clock, Clock::Virtual { .. }) {
+                    if let Some(exit) = self.step(limit) {
+                        return exit;
+                    }
+                    continue;
+                }
+            }
+            self.rep_budget = slice_end.saturating_sub(self.retired).max(1);
+            match self.run_block(b) {
+                Ended::Complete | Ended::Again => {}
+                Ended::Exit(exit) => return exit,
+            }
+        }
+    }
+
+    /// Runs one block.
+    #[inline(always)]
+    fn run_block(&mut self, b: &Block) -> Ended {
+        self.r.gpr[reg::BLOCK_RIP] = self.r.rip;
+        // Raw pointers, because an operation may replace the handlers of later ones
+        // of its own block (stale code).
+        let range = b.ops.as_ptr_range();
+        let mut p = range.start;
+        while p != range.end {
+            // SAFETY: `p` is inside the block's operations, which live until the cache is flushed.
+            let op = unsafe { &*p };
+            if (op.run)(self, op).is_err() {
+                return self.stopped_at(op);
+            }
+            // SAFETY: at most one past the end.
+            p = unsafe { p.add(1) };
+        }
+        self.retired += u64::from(b.count) + self.rep_iterations;
+        self.rep_iterations = 0;
+        Ended::Complete
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn stopped_at(&mut self, op: &crate::code_cache::Op) -> Ended {
+        self.r.rip = self.block_rip(op.offset);
+        self.stopped(u64::from(op.index), op.next.wrapping_sub(op.offset))
+    }
+
+    /// An instruction stopped after `before` others of its block; `rip` is its own.
+    fn stopped(&mut self, before: u64, len: u16) -> Ended {
+        let _ = len;
+        self.retired += before + self.rep_iterations;
+        self.rep_iterations = 0;
+        self.retired_in_block = 0;
+        match self.stop.take() {
+            None | Some(StopReason::Restart) => {
+                self.mmio.clear();
+                Ended::Again
+            }
+            Some(StopReason::Stale) => {
+                let lin = self.code_linear(self.r.rip);
+                self.cache.forget_jump(lin);
+                self.cache.forget_linear_page(lin);
+                Ended::Again
+            }
+            Some(StopReason::Exit(exit)) => {
+                self.mmio.rewind();
+                Ended::Exit(exit)
+            }
+            Some(StopReason::ExitAfter(exit)) => {
+                self.r.rip = self.next_rip;
+                self.retired += 1;
+                self.mmio.clear();
+                self.reply = None;
+                self.shadow = 0;
+                Ended::Exit(exit)
+            }
+            Some(StopReason::Fault(fault)) => {
+                self.mmio.clear();
+                self.reply = None;
+                self.shadow = 0;
+                self.stats.exceptions += 1;
+                self.stats.page_faults += u64::from(fault.vector == vector::PF);
+                match self.raise(fault) {
+                    Ok(()) => {
+                        self.interrupts_changed();
+                        Ended::Again
+                    }
+                    Err(exit) => {
+                        if exit == Exit::TripleFault {
+                            self.activity = Activity::Shutdown;
+                        }
+                        Ended::Exit(exit)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Executes again an instruction whose access the caller has answered.
+    fn finish_instruction(&mut self) -> Option<Exit> {
+        self.rep_budget = 1;
+        self.step(u64::MAX)
+    }
+
+    /// Completes the current instruction if the caller has answered all that it
+    /// asks; its exit otherwise.
+    pub fn finish_answered(&mut self) -> Option<Exit> {
+        self.finish_instruction()
+    }
+
+    /// Runs exactly one instruction, with debug traps before and after.
+    #[inline(never)]
+    pub fn step(&mut self, limit: u64) -> Option<Exit> {
+        let debugging = self.needs_stepping();
+        if debugging {
+            if let Some(fault) = self.before_instruction() {
+                return match fault {
+                    Ok(fault) => {
+                        self.stop = Some(StopReason::Fault(fault));
+                        match self.stopped(0, 0) {
+                            Ended::Exit(exit) => Some(exit),
+                            _ => None,
+                        }
+                    }
+                    Err(exit) => Some(exit),
+                };
+            }
+        }
+        let tf = self.r.rflags & rflags::TF != 0;
+        let had_shadow = self.shadow;
+        let block = match self.find_single() {
+            Ok(block) => block,
+            Err(Stop) => {
+                return match self.stopped(0, 0) {
+                    Ended::Exit(exit) => Some(exit),
+                    _ => None,
+                }
+            }
+        };
+        if self.retired >= limit {
+            return Some(Exit::Interrupted);
+        }
+        self.rep_budget = self.rep_budget.min(limit - self.retired).max(1);
+        self.pending_db = 0;
+        let retired = self.retired;
+        // SAFETY: blocks live until the cache is flushed, which only find_single does.
+        let b = unsafe { &*block };
+        let ended = self.run_block(b);
+        let exit = match ended {
+            Ended::Complete => {
+                self.mmio.clear();
+                self.reply = None;
+                if self.shadow == had_shadow {
+                    self.shadow = 0;
+                    self.interrupts_changed();
+                }
+                None
+            }
+            Ended::Again => None,
+            Ended::Exit(exit) => Some(exit),
+        };
+        if debugging && self.retired != retired && exit != Some(Exit::TripleFault) {
+            match self.after_instruction(tf) {
+                Some(Ok(fault)) => {
+                    self.stop = Some(StopReason::Fault(fault));
+                    if let Ended::Exit(e) = self.stopped(0, 0) {
+                        return Some(exit.unwrap_or(e));
+                    }
+                }
+                Some(Err(e)) => return Some(exit.unwrap_or(e)),
+                None => {}
+            }
+        }
+        exit
+    }
+
+    /// Lets time pass; the caller's deadline and limit.
+    fn tick(&mut self, deadline_ns: u64, limit: u64) -> Option<Exit> {
+        let now = self.now_ns();
+        if self.lapic.deadline().is_some_and(|d| d <= now) {
+            self.lapic.advance(now);
+            self.interrupts_changed();
+        }
+        if self.retired >= limit || now >= deadline_ns {
+            return Some(Exit::Interrupted);
+        }
+        self.mailbox.retired.store(self.retired, Ordering::Relaxed);
+        None
+    }
+
+    /// Retired instructions at which [`Cpu::tick`] is due.
+    fn next_slice(&mut self, deadline_ns: u64, limit: u64) -> u64 {
+        let slice = match self.clock {
+            Clock::Host { .. } => self.retired + SLICE,
+            Clock::Virtual { base, num, den } => {
+                let next = self.lapic.deadline().unwrap_or(u64::MAX).min(deadline_ns);
+                let ns = next.saturating_sub(base);
+                // First instruction count whose time is not before `next`.
+                let n = (u128::from(ns) * u128::from(den)).div_ceil(u128::from(num));
+                u64::try_from(n).unwrap_or(u64::MAX).max(self.retired + 1).min(self.retired + SLICE)
+            }
+        };
+        slice.min(limit).max(self.retired)
+    }
+
+    fn idle_exit(&mut self) -> Exit {
+        match self.activity {
+            Activity::Shutdown => Exit::TripleFault,
+            _ => Exit::Halt,
+        }
+    }
+
+    /// Looks at what other threads asked and at pending interrupts.
+    #[inline(never)]
+    fn attend(&mut self, limit: u64) -> Option<Exit> {
+        let requests = self.mailbox.requests.swap(0, Ordering::AcqRel);
+        if requests & request::MEMORY != 0 || self.mem.stale_code_pending() {
+            self.memory_changed();
+        }
+        if requests & request::NMI != 0 {
+            self.nmi_pending = true;
+        }
+        if requests & request::MESSAGE != 0 {
+            self.take_messages();
+        }
+        self.stepping = self.needs_stepping();
+        if !self.pending_exits.is_empty() {
+            self.interrupts_changed();
+            if requests & request::KICK != 0 {
+                self.mailbox.requests.fetch_or(request::KICK, Ordering::AcqRel);
+            }
+            return Some(self.pending_exits.remove(0));
+        }
+        if requests & request::KICK != 0 {
+            // What else was asked is looked at again by the next run.
+            return Some(Exit::Interrupted);
+        }
+        if matches!(self.activity, Activity::Shutdown | Activity::WaitForSipi) {
+            return None;
+        }
+        if self.shadow != 0 && self.activity == Activity::Running {
+            // The instruction after STI or MOV SS runs first.
+            if !self.interrupt_waiting() {
+                // Nothing to hold back: the shadow ends with the next instruction, and
+                // whatever arrives later arrives after it.
+                if !self.nmi_pending {
+                    self.shadow = 0;
+                    return None;
+                }
+            }
+            return self.step(limit);
+        }
+        if self.nmi_pending && !self.nmi_blocked {
+            self.nmi_pending = false;
+            self.activity = Activity::Running;
+            self.interrupts_changed();
+            return self.deliver_event(Event { kind: EventKind::Nmi, vector: vector::NMI, error: None });
+        }
+        if self.r.rflags & rflags::IF != 0 {
+            if let Some(vector) = self.injected.take() {
+                return self.deliver_interrupt(vector);
+            }
+            if let Some(vector) = self.pic_vector.take() {
+                return self.deliver_interrupt(vector);
+            }
+            if self.lapic.pending().is_some() {
+                if let Some(vector) = self.lapic.acknowledge() {
+                    return self.deliver_interrupt(vector);
+                }
+            }
+            if self.mailbox.pic_line.load(Ordering::Acquire) && self.lapic.accepts_pic() {
+                return Some(Exit::PicAcknowledge);
+            }
+            if self.want_window {
+                self.want_window = false;
+                return Some(Exit::InterruptWindow);
+            }
+        }
+        None
+    }
+
+    /// Whether an interrupt is only waiting for IF and shadows.
+    fn interrupt_waiting(&mut self) -> bool {
+        self.injected.is_some()
+            || self.pic_vector.is_some()
+            || self.want_window
+            || self.lapic.pending().is_some()
+            || self.mailbox.pic_line.load(Ordering::Acquire) && self.lapic.accepts_pic()
+    }
+
+    /// Whether a halted vCPU has a reason to go on.
+    pub fn wakes(&mut self) -> bool {
+        let requests = self.mailbox.requests.load(Ordering::Acquire);
+        if requests & request::NMI != 0 {
+            self.nmi_pending = true;
+        }
+        if requests & request::MESSAGE != 0 {
+            self.take_messages();
+        }
+        let now = self.now_ns();
+        if self.lapic.deadline().is_some_and(|d| d <= now) {
+            self.lapic.advance(now);
+        }
+        requests & request::KICK != 0
+            || !self.pending_exits.is_empty()
+            || self.nmi_pending && !self.nmi_blocked
+            || self.activity == Activity::Running
+            || self.activity == Activity::Halted
+                && self.r.rflags & rflags::IF != 0
+                && self.interrupt_waiting()
+    }
+
+    fn deliver_interrupt(&mut self, vector: u8) -> Option<Exit> {
+        self.activity = Activity::Running;
+        self.stats.interrupts += 1;
+        self.interrupts_changed();
+        self.deliver_event(Event { kind: EventKind::External, vector, error: None })
+    }
+
+    fn deliver_event(&mut self, event: Event) -> Option<Exit> {
+        let result = match event.kind {
+            EventKind::Nmi => self.deliver_nmi(),
+            _ => self.deliver_external(event.vector),
+        };
+        match result {
+            Ok(()) => None,
+            Err(exit) => {
+                if exit == Exit::TripleFault {
+                    self.activity = Activity::Shutdown;
+                }
+                Some(exit)
+            }
+        }
+    }
+
+    /// Takes interrupt messages from the mailbox.
+    fn take_messages(&mut self) {
+        let messages = std::mem::take(&mut *self.mailbox.messages.lock().unwrap());
+        for m in messages {
+            match m.mode {
+                0 | 1 => self.lapic.accept(m.vector, m.level),
+                4 => self.nmi_pending = true,
+                5 => self.init(),
+                6 => self.sipi(m.vector),
+                7 => self.pic_vector = Some(m.vector),
+                _ => {}
+            }
+        }
+        self.interrupts_changed();
+    }
+
+    /// Guest memory or its p2m changed from outside.
+    pub fn memory_changed(&mut self) {
+        let generation = self.mem.generation();
+        if generation != self.tlb.generation {
+            self.flush_tlb_all();
+            self.flush_code();
+            self.tlb.generation = generation;
+        }
+        if self.mem.stale_code_pending() {
+            self.drop_stale_code();
+        }
+    }
+}
