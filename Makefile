@@ -84,7 +84,7 @@ check: $(STAMPS)/dev
 	$(PY) scripts/check_crates.py
 	$(CARGO) fmt $(MANIFEST) --all --check
 	$(CARGO) clippy $(MANIFEST) --workspace --all-targets --locked --quiet -- -D warnings
-	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight .ci/run; \
+	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight scripts/test_wheel .ci/run; \
 	else echo "shellcheck is not installed: skipped"; fi
 	@echo "check: all clean"
 

@@ -1,4 +1,4 @@
-"""``python -m nonroot.guests``: ``fetch [--refresh] FLAVOUR…`` gets guest software, ``path FLAVOUR…`` says where it is."""
+"""Guest software from the shell: ``python -m nonroot.guests fetch [--refresh] FLAVOUR…`` and ``path FLAVOUR…``."""
 
 import argparse
 import sys

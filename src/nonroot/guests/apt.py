@@ -71,10 +71,10 @@ class Package:
 
 
 def available() -> str | None:
-    """Why packages cannot be fetched on this machine, as a sentence; None if the tools are there."""
+    """Why packages cannot be fetched on this machine, as half a sentence; None if the tools are there."""
     missing = [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if not shutil.which(tool)]
     if missing:
-        return f"This machine has no {' and no '.join(missing)}, so guest software cannot be fetched."
+        return f"this machine has no {' and no '.join(missing)}, so guest software cannot be fetched"
     return None
 
 
@@ -93,21 +93,22 @@ class Apt:
         self._configuration = self.root / "apt.conf"
         self._configuration.write_text(_CONFIGURATION.format(root=self.root, architecture=architecture))
 
-    def update(self, *, force: bool = False) -> None:
-        """Bring the package lists up to date, at most once a day unless forced.
+    def update(self, *, force: bool = False) -> bool:
+        """Bring the package lists up to date, at most once a day unless forced; False if they were fresh already.
 
         Some sources of a machine may be out of reach without harm: what counts is whether the package is found then.
         """
         stamp = self.root / "updated"
         with contextlib.suppress(OSError):
             if not force and 0 <= time.time() - stamp.stat().st_mtime < _LISTS_STAY_FRESH:
-                return
+                return False
         code, messages = self._apt_get("Reading Debian's package lists", "update")
         lists = any(path.is_file() and path.name != "lock" for path in (self.root / "state" / "lists").iterdir())
         if not lists:
             raise SoftwareMissingError(f"Debian's package lists could not be fetched: {_reason(messages)}")
         if code == 0:
             stamp.touch()
+        return True
 
     def find(self, name: str) -> Package:
         """The newest version of a package; a metapackage gives the first package that it depends on and that exists.
@@ -117,7 +118,7 @@ class Apt:
         record = self._show(name)
         if record is None:
             raise SoftwareMissingError(
-                f"This machine's apt sources have no package {name} for {self.architecture} (it is Debian's)."
+                f"this machine's apt sources have no package {name} for {self.architecture} (it is Debian's)"
             )
         if name.startswith("linux-image-") and not re.match(r"linux-image-\d+\.\d", name):  # a metapackage
             for alternative in re.findall(r"[^\s,|()]+", record.get("Depends", "")):
@@ -125,7 +126,7 @@ class Apt:
                     real = self._show(alternative)
                     if real is not None:
                         return self._package(real)
-            raise SoftwareMissingError(f"The package {name} names no kernel package that the apt sources have.")
+            raise SoftwareMissingError(f"the package {name} names no kernel package that the apt sources have")
         return self._package(record)
 
     def download(self, package: Package) -> Path:
@@ -138,17 +139,17 @@ class Apt:
         needed = 10 * package.size  # the file, what is unpacked from it, and the copy that it replaces
         if free < needed:
             raise SoftwareMissingError(
-                f"Fetching {package.name} needs about {needed >> 20} MiB in {folder}, and {free >> 20} MiB are free."
+                f"fetching {package.name} needs about {needed >> 20} MiB in {folder}, and {free >> 20} MiB are free"
             )
         with tempfile.TemporaryDirectory(dir=self.root, prefix="fetch-") as draft:
             what = f"Fetching {package.name} ({package.size / 1e6:.0f} MB)"
             code, messages = self._apt_get(what, "download", f"{package.name}={package.version}", folder=Path(draft))
             files = list(Path(draft).glob("*.deb"))
             if code or len(files) != 1:
-                raise SoftwareMissingError(f"The package {package.name} could not be fetched: {_reason(messages)}")
+                raise SoftwareMissingError(f"the package {package.name} could not be fetched: {_reason(messages)}")
             if _sha256(files[0]) != package.sha256:
                 raise SoftwareMissingError(
-                    f"The package {package.name} arrived damaged: its SHA-256 is not the listed one."
+                    f"the package {package.name} arrived damaged: its SHA-256 is not the listed one"
                 )
             for old in folder.glob(f"{package.name}_*.deb"):
                 old.unlink()
@@ -160,7 +161,7 @@ class Apt:
                 record["Package"], record["Version"], record["Architecture"], record["SHA256"], int(record["Size"])
             )
         except (KeyError, ValueError) as error:
-            raise SoftwareMissingError(f"apt describes {record.get('Package', 'a package')} without {error}.") from None
+            raise SoftwareMissingError(f"apt describes {record.get('Package', 'a package')} without {error}") from None
 
     def _show(self, name: str) -> dict[str, str] | None:
         """The first stanza of ``apt-cache show``: the version that would be installed."""
@@ -245,5 +246,5 @@ def _reason(messages: str) -> str:
     for mark in ("E: ", "W: ", "Err:"):
         for line in messages.splitlines():
             if line.startswith(mark):
-                return line.removeprefix(mark).strip().rstrip(".") + "."
-    return (messages.strip().splitlines() or ["apt gave no reason"])[-1].rstrip(".") + "."
+                return line.removeprefix(mark).strip().rstrip(".")
+    return (messages.strip().splitlines() or ["apt gave no reason"])[-1].rstrip(".")

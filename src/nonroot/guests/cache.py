@@ -33,7 +33,7 @@ def cache_dir() -> Path:
             if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):
                 return folder
     tried = " and ".join(str(folder) for folder in candidates)
-    raise SoftwareMissingError(f"There is no folder for guest software that can be written: tried {tried}.")
+    raise SoftwareMissingError(f"there is no folder for guest software that can be written: tried {tried}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nonroot.errors import BadOptionError, SoftwareMissingError
 from nonroot.guests import busybox, cache, initramfs
-from nonroot.guests.apt import Apt, Progress
+from nonroot.guests.apt import Apt, Package, Progress
 
 __all__ = ["DEFAULT_FLAVOUR", "FLAVOURS", "Guest", "cached", "fetch", "linux", "tiny"]
 
@@ -64,22 +64,22 @@ def linux(flavour: str = DEFAULT_FLAVOUR, *, progress: Progress | None = None, a
     """
     architecture = FLAVOURS.get(flavour)
     if architecture is None:
-        raise BadOptionError(f"There is no kernel flavour {flavour!r}; known are {', '.join(FLAVOURS)}.")
+        raise BadOptionError(f"there is no kernel flavour {flavour!r}; there are: {', '.join(FLAVOURS)}")
     if kept := cached(flavour):
         return kept
     try:
         if not allow_fetch:
-            raise SoftwareMissingError(f"Debian's {flavour} kernel has not been fetched yet.")
+            raise SoftwareMissingError(f"Debian's {flavour} kernel has not been fetched yet")
         return fetch(flavour, progress=progress)
     except SoftwareMissingError as error:
         why = str(error)
     advice = (
-        "To get Linux: run this where apt can reach Debian's packages, or give a kernel with --kernel "
-        "(and an initramfs with --initrd)."
+        "To get Linux, run this where apt can reach Debian's packages, or give a kernel with --kernel "
+        "(and an initramfs with --initrd)"
     )
     if architecture == "amd64" and (found := _host_kernel()):
-        return replace(found, note=f"{why} This machine's own kernel {found.version} is used instead.")
-    return replace(tiny(), note=f"{why} The built-in guest is used instead, which cannot run commands. {advice}")
+        return replace(found, note=f"{why}; this machine's own kernel {found.version} is used instead")
+    return replace(tiny(), note=f"{why}; the built-in guest is used instead, which cannot run commands. {advice}")
 
 
 def cached(flavour: str) -> Guest | None:
@@ -124,24 +124,20 @@ def fetch(flavour: str, *, progress: Progress | None = None, refresh: bool = Fal
                 return kept
             return _fetch(flavour, architecture, progress, refresh, kept)
     except OSError as error:
-        raise SoftwareMissingError(f"The {flavour} kernel could not be stored: {error.strerror or error}.") from error
+        raise SoftwareMissingError(f"the {flavour} kernel could not be stored: {error.strerror or error}") from error
 
 
 def _fetch(flavour: str, architecture: str, progress: Progress | None, refresh: bool, kept: Guest | None) -> Guest:
     root = cache.cache_dir()
     apt = Apt(root / "apt", architecture, progress)
-    apt.update(force=refresh)
+    updated = apt.update(force=refresh)
     try:
-        package = apt.find(f"linux-image-{flavour}")
-        tools = apt.find("busybox-static")
-        files = [apt.download(package), apt.download(tools)]
+        package, tools, files = _packages(apt, flavour)
     except SoftwareMissingError:
-        if refresh:
+        if updated:
             raise
         apt.update(force=True)  # lists a day old may name files that are gone
-        package = apt.find(f"linux-image-{flavour}")
-        tools = apt.find("busybox-static")
-        files = [apt.download(package), apt.download(tools)]
+        package, tools, files = _packages(apt, flavour)
     made_from = f"{package.name} {package.version}, {tools.name} {tools.version}"
     if kept and _fact(kept.kernel.parents[1], "package") == made_from:
         return kept
@@ -156,7 +152,7 @@ def _fetch(flavour: str, architecture: str, progress: Progress | None, refresh: 
         kernels = sorted((draft / "boot").glob("vmlinuz-*"))
         program = next((path for path in (draft / "bin/busybox", draft / "usr/bin/busybox") if path.is_file()), None)
         if len(kernels) != 1 or program is None or busybox.static_bits(program) != _bits(architecture):
-            raise SoftwareMissingError(f"The packages {made_from} do not hold one kernel and one static busybox.")
+            raise SoftwareMissingError(f"the packages {made_from} do not hold one kernel and one static busybox")
         version = kernels[0].name.removeprefix("vmlinuz-")
         initrd = draft / "boot" / "initramfs.cpio"
         cache.write_atomically(initrd, initramfs.build(program.read_bytes()))
@@ -178,15 +174,21 @@ def _fetch(flavour: str, architecture: str, progress: Progress | None, refresh: 
         progress(f"Unpacking {package.name}", 1.0)
     guest = cached(flavour)
     if guest is None:
-        raise SoftwareMissingError(f"The {flavour} kernel was stored, and is damaged already: check the disk.")
+        raise SoftwareMissingError(f"the {flavour} kernel was stored, and is damaged already: check the disk")
     return replace(guest, source="apt")
+
+
+def _packages(apt: Apt, flavour: str) -> tuple[Package, Package, list[Path]]:
+    package = apt.find(f"linux-image-{flavour}")
+    tools = apt.find("busybox-static")
+    return package, tools, [apt.download(package), apt.download(tools)]
 
 
 def _unpack(package: Path, folder: Path) -> None:
     result = subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], capture_output=True, text=True, check=False)
     if result.returncode:
         package.unlink(missing_ok=True)
-        raise SoftwareMissingError(f"The package {package.name} cannot be unpacked: {result.stderr.strip()}")
+        raise SoftwareMissingError(f"the package {package.name} cannot be unpacked: {result.stderr.strip()}")
 
 
 def _tidy(folder: Path) -> None:
@@ -248,7 +250,7 @@ def tiny() -> Guest:
         image = _engine.tiny_guest()
     except ValueError as error:
         raise SoftwareMissingError(
-            f"There is no guest software, and this build has no built-in guest: {error}"
+            f"there is no guest software, and this build has no built-in guest: {error}"
         ) from None
     path = cache.cache_dir() / "tiny" / f"tiny-{_engine.VERSION}"
     if not path.is_file() or path.read_bytes() != image:
