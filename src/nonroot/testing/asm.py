@@ -37,8 +37,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from iced_x86 import Register, Register_
-
 from nonroot.testing.asm_opcodes import (
     REGISTERS,
     FarPointer,
@@ -47,6 +45,7 @@ from nonroot.testing.asm_opcodes import (
     Operand,
     Prefixes,
     Reg,
+    Register,
     candidates,
     encodings,
     register_class,
@@ -122,7 +121,7 @@ class _Expression:
             raise AsmError(f"{text!r} is not a number")
         return constant
 
-    def linear(self, text: str) -> tuple[list[tuple[Register_, int]], int]:
+    def linear(self, text: str) -> tuple[list[tuple[int, int]], int]:
         """([(register, factor)], constant)."""
         source = re.sub(r"\$", "__here__", text.strip())
         source = re.sub(r"\b([0-9][0-9a-fA-F]*)h\b", r"0x\1", source)
@@ -132,7 +131,7 @@ class _Expression:
             raise AsmError(f"cannot read the expression {text!r}") from None
         return self._walk(tree, text)
 
-    def _walk(self, node: ast.expr, text: str) -> tuple[list[tuple[Register_, int]], int]:
+    def _walk(self, node: ast.expr, text: str) -> tuple[list[tuple[int, int]], int]:
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return [], node.value
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) == 1:
@@ -216,9 +215,9 @@ def _strip_comment(line: str) -> str:
     return line
 
 
-def _memory(text: str, size: int, segment: Register_, expression: _Expression) -> Mem:
+def _memory(text: str, size: int, segment: int, expression: _Expression) -> Mem:
     inner = text.strip()[1:-1].strip()
-    match = re.match(r"(es|cs|ss|ds|fs|gs)\s*:(.*)$", inner, re.I | re.S)
+    match = re.match(r"(es|cs|ss|ds|fs|gs)\s*:(.*)$", inner, re.IGNORECASE | re.DOTALL)
     if match:
         segment, inner = REGISTERS[match[1].lower()], match[2].strip()
     if re.match(r"rel\b", inner):
@@ -258,7 +257,7 @@ def _operand(text: str, expression: _Expression) -> Operand:
             break
         far = far or word == "far"
         rest = rest[match.end() :]
-    match = re.match(r"(es|cs|ss|ds|fs|gs)\s*:\s*(\[.*)$", rest, re.I | re.S)
+    match = re.match(r"(es|cs|ss|ds|fs|gs)\s*:\s*(\[.*)$", rest, re.IGNORECASE | re.DOTALL)
     if match:
         segment, rest = REGISTERS[match[1].lower()], match[2]
     if rest.startswith("["):
@@ -303,7 +302,7 @@ def _instruction(text: str, bits: int, ip: int, minimum: int, expression: _Expre
     if mnemonic == "nop" and not tail.strip():
         return b"\x90"
     operands = [_operand(o, expression) for o in _split(tail)]
-    if isinstance(operands[0] if operands else None, FarPointer) and re.match(r"dword\b", tail.strip(), re.I):
+    if isinstance(operands[0] if operands else None, FarPointer) and re.match(r"dword\b", tail.strip(), re.IGNORECASE):
         prefixes.operand_size = 32
     found = sorted(encodings(mnemonic, operands, prefixes, bits, ip), key=lambda e: e[0])
     if not found:

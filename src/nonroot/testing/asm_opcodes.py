@@ -8,29 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import iced_x86 as iced
-from iced_x86 import (
-    Code,
-    Code_,
-    Encoder,
-    EncodingKind,
-    Instruction,
-    MemorySizeInfo,
-    Mnemonic,
-    OpCodeInfo,
-    OpCodeOperandKind_,
-    OpKind,
-    Register,
-    Register_,
-)
-from iced_x86 import OpCodeOperandKind as Kind
+import iced_x86
+from iced_x86 import Encoder, EncodingKind, MemorySizeInfo, OpCodeInfo
+
+# The stubs of iced describe its enumerations as empty, which type checkers take for impossible values.
+iced: Any = iced_x86
+Code, Instruction, Mnemonic, OpKind, Register = iced.Code, iced.Instruction, iced.Mnemonic, iced.OpKind, iced.Register
+Kind = iced.OpCodeOperandKind
+
 
 _M64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Reg:
-    register: Register_
+    register: int
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,11 @@ class FarPointer:
 @dataclass(frozen=True)
 class Mem:
     size: int
-    base: Register_
-    index: Register_
+    base: int
+    index: int
     scale: int
     displacement: int
-    segment: Register_
+    segment: int
     far: bool = False
 
 
@@ -117,7 +109,7 @@ _IMMEDIATES = {
 }
 
 
-def register_class(register: Register_) -> str:
+def register_class(register: int) -> str:
     ext = iced.RegisterExt
     for name, test in (
         ("R8", ext.is_gpr8),
@@ -139,9 +131,9 @@ def register_class(register: Register_) -> str:
 
 
 @functools.cache
-def _kind_classes() -> dict[OpCodeOperandKind_, tuple[str, bool, bool]]:
+def _kind_classes() -> dict[int, tuple[str, bool, bool]]:
     """For each operand kind that takes a register or memory: (register class, takes a register, takes memory)."""
-    table: dict[OpCodeOperandKind_, tuple[str, bool, bool]] = {}
+    table: dict[int, tuple[str, bool, bool]] = {}
     for lower, value in _enum_names(Kind).items():
         name = lower.upper()
         match = re.fullmatch(r"(R8|R16|R32|R64|MM|XMM|YMM|SEG|CR|DR|TR|STI)_(\w+)", name)
@@ -156,10 +148,10 @@ def _kind_classes() -> dict[OpCodeOperandKind_, tuple[str, bool, bool]]:
 
 
 @functools.cache
-def candidates() -> dict[str, list[tuple[Code_, OpCodeInfo]]]:
+def candidates() -> dict[str, list[tuple[int, OpCodeInfo]]]:
     """All legacy and VEX instructions by mnemonic."""
     names = {v: n for n, v in _enum_names(Mnemonic).items()}
-    table: dict[str, list[tuple[Code_, OpCodeInfo]]] = {}
+    table: dict[str, list[tuple[int, OpCodeInfo]]] = {}
     for code in _enum_names(Code).values():
         info = OpCodeInfo(code)
         if not info.is_instruction or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
@@ -177,7 +169,7 @@ def _fits(value: int, stored: int, extended: int) -> bool:
     return -(1 << (stored - 1)) <= value < 1 << (stored - 1)
 
 
-def _accepts(kind: OpCodeOperandKind_, operand: Operand, memory_bytes: int) -> bool:
+def _accepts(kind: int, operand: Operand, memory_bytes: int) -> bool:
     if isinstance(operand, Reg):
         if kind in _FIXED:
             return bool(_FIXED[kind] == operand.register)
@@ -205,9 +197,7 @@ def _accepts(kind: OpCodeOperandKind_, operand: Operand, memory_bytes: int) -> b
     return _fits(operand.value, stored, extended)
 
 
-def _set_operand(
-    instruction: Instruction, i: int, kind: OpCodeOperandKind_, operand: Operand, second_imm: bool, displ_size: int
-) -> None:
+def _set_operand(instruction: Any, i: int, kind: int, operand: Operand, second_imm: bool, displ_size: int) -> None:
     if isinstance(operand, Reg):
         instruction.set_op_kind(i, OpKind.REGISTER)
         instruction.set_op_register(i, operand.register)
@@ -247,7 +237,7 @@ def _set_operand(
             instruction.set_immediate_u64(i, value)
 
 
-def _displacement_sizes(operand: Mem, kind: OpCodeOperandKind_, bits: int) -> list[int]:
+def _displacement_sizes(operand: Mem, kind: int, bits: int) -> list[int]:
     """Values of memory_displ_size to try, shortest encoding first."""
     if operand.base == Register.RIP:
         return [8]
@@ -259,7 +249,7 @@ def _displacement_sizes(operand: Mem, kind: OpCodeOperandKind_, bits: int) -> li
     return ([0] if operand.displacement == 0 else []) + [1, full]
 
 
-def _string_operands(instruction: Instruction, info: OpCodeInfo, address_size: int) -> None:
+def _string_operands(instruction: Any, info: OpCodeInfo, address_size: int) -> None:
     suffix = {16: ("DI", "SI"), 32: ("EDI", "ESI"), 64: ("RDI", "RSI")}[address_size]
     for i, kind in enumerate(info.op_kinds()):
         if kind == Kind.ES_RDI:
@@ -277,7 +267,7 @@ def _string_operands(instruction: Instruction, info: OpCodeInfo, address_size: i
             instruction.set_op_register(i, _FIXED[kind])
 
 
-def _encode(instruction: Instruction, bits: int, ip: int) -> bytes | None:
+def _encode(instruction: Any, bits: int, ip: int) -> bytes | None:
     encoder = Encoder(bits)
     try:
         encoder.encode(instruction, ip)

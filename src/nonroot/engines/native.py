@@ -1,0 +1,105 @@
+"""The Rust engines behind :mod:`nonroot.engines.protocol`: it turns records into plain values and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from nonroot import _engine
+from nonroot.engines.exits import Exit, from_raw
+from nonroot.engines.policy import CRYSTAL_HZ, FEATURES, CpuPolicy
+from nonroot.engines.protocol import Capability, CapabilityError, EngineOptions
+from nonroot.engines.select import host_flags
+from nonroot.engines.state import StateError, VcpuState
+from nonroot.errors import BadOptionError
+
+__all__ = ["InterpretEngine", "NativeVcpu"]
+
+
+class NativeVcpu:
+    """A vCPU of a Rust engine; see :class:`nonroot.engines.protocol.Vcpu`."""
+
+    def __init__(self, raw: _engine.Vcpu) -> None:
+        self.raw: Final = raw
+        # The hot and simple calls go straight through.
+        self._run = raw.run
+        self.complete = raw.complete
+        self.fail = raw.fail
+        self.set_pic_vector = raw.set_pic_vector
+        self.kick = raw.kick
+        self.set_pic_line = raw.set_pic_line
+        self.lapic_matches = raw.lapic_matches
+        self.nmi = raw.nmi
+        self.interrupt = raw.interrupt
+        self.request_interrupt_window = raw.request_interrupt_window
+        self.now_ns = raw.now_ns
+        self.set_now_ns = raw.set_now_ns
+        self.retired = raw.retired
+        self.translate = raw.translate
+        self.flush = raw.flush
+
+    def run(self, deadline_ns: int | None = None, limit: int | None = None) -> Exit:
+        return from_raw(self._run(deadline_ns, limit))
+
+    def wait(self, deadline_ns: int | None = None) -> bool:
+        return self.raw.wait(deadline_ns)
+
+    def signal(self, vector: int, mode: int = 0, level: bool = False) -> None:
+        self.raw.signal(vector, mode, level)
+
+    def set_guest_debug(self, single_step: bool = False, breakpoints: Sequence[tuple[int, int, int]] = ()) -> None:
+        self.raw.set_guest_debug(single_step, list(breakpoints))
+
+    def state(self) -> VcpuState:
+        return VcpuState.from_raw(self.raw.state())
+
+    def set_state(self, state: VcpuState) -> None:
+        state.check()
+        try:
+            self.raw.set_state(state.to_raw())
+        except ValueError as error:
+            raise StateError(str(error)) from None
+
+    def statistics(self) -> Mapping[str, int]:
+        return self.raw.statistics()
+
+
+class InterpretEngine:
+    """The portable, exact engine: the judge of the others."""
+
+    name: Final = "interpret"
+    capabilities: Final = frozenset(Capability)
+
+    @property
+    def cpu_features(self) -> frozenset[str]:
+        host = host_flags()
+        return frozenset(name for name, f in FEATURES.items() if not f.native or name in host)
+
+    def optimisations(self) -> Mapping[str, str]:
+        return dict(_engine.optimisations())
+
+    def create_vcpu(
+        self, memory: _engine.Memory, policy: CpuPolicy, apic_id: int = 0, options: EngineOptions | None = None
+    ) -> NativeVcpu:
+        options = options or EngineOptions()
+        for capability in sorted(options.needed() - self.capabilities):
+            raise CapabilityError(self.name, capability)
+        for missing in sorted(policy.features - self.cpu_features):
+            raise BadOptionError(f"the {self.name} engine has no CPU feature {missing} on this machine")
+        if not 0 <= apic_id < policy.vcpus:
+            raise BadOptionError(f"APIC ID {apic_id} is not one of the domain's {policy.vcpus} vCPUs")
+        raw_options: dict[str, Any] = {
+            "tsc_khz": policy.tsc_khz,
+            "apic_bus_hz": CRYSTAL_HZ,
+            "virtual_time": options.virtual_time,
+            "off": sorted(options.off),
+            "msr_exits": options.msr_exits,
+            "exception_exits": sum(1 << v for v in options.exception_exits if 0 <= v < 32),
+            "cr_exits": options.cr_exits,
+        }
+        leaves = list[tuple[int, int, int, int, int, int]](policy.cpuid())
+        try:
+            raw = _engine.Vcpu(memory, apic_id, leaves, policy.msrs(), raw_options)
+        except ValueError as error:
+            raise BadOptionError(str(error)) from None
+        return NativeVcpu(raw)

@@ -1,0 +1,98 @@
+"""
+Which engine ``auto`` takes, and why. It is never silent: ``run`` prints the reason, ``nonroot doctor`` explains it.
+
+A /dev/kvm that opens says nothing: on some machines it is a software module without hardware under it, far slower and
+not faithful. KVM counts only if the CPU itself shows ``vmx`` or ``svm``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nonroot.engines.protocol import Engine
+from nonroot.errors import BadOptionError, UnsupportedError
+
+__all__ = ["AUTO", "ENGINES", "Choice", "choose", "create", "host_flags"]
+
+AUTO: Final = "auto"
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+def _interpret() -> Engine:
+    from nonroot.engines.native import InterpretEngine
+
+    return InterpretEngine()
+
+
+ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {"interpret": _interpret}
+"""The engines that exist, by name."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine's name and one sentence that says why it was taken."""
+
+    engine: str
+    reason: str
+
+
+def host_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """The host CPU's feature flags; empty where the system does not tell (or is no x86)."""
+    try:
+        text = cpuinfo.read_text(errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def choose(name: str = AUTO, *, flags: frozenset[str] | None = None, kvm_device: Path = Path("/dev/kvm")) -> Choice:
+    """
+    Resolve an engine name.
+
+    :param name: ``auto`` or a name in :data:`ENGINES`.
+    :param flags: the host's CPU flags; those of this machine by default.
+    :raises BadOptionError: for a name that is no engine's.
+    :raises UnsupportedError: for a planned engine that does not exist yet.
+    """
+    if name in ENGINES:
+        return Choice(name, f"the {name} engine was asked for")
+    if name in ("kvm", "translate"):
+        raise UnsupportedError(f"the {name} engine does not exist yet; use {' or '.join(ENGINES)}, or auto")
+    if name != AUTO:
+        near = difflib.get_close_matches(name, [*ENGINES, AUTO], 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([AUTO, *ENGINES])}"
+        raise BadOptionError(f"there is no engine named {name}{hint}")
+    flags = host_flags() if flags is None else flags
+    hardware = {"vmx": "VT-x", "svm": "AMD-V"}
+    has = next((text for flag, text in hardware.items() if flag in flags), None)
+    if has is not None:
+        reason = f"this CPU has {has}, but nonroot has no kvm engine yet, so the portable interpreter runs the guest"
+    elif kvm_device.exists():
+        reason = (
+            "/dev/kvm is here, but this CPU shows neither vmx nor svm, so that KVM is not hardware virtualization; "
+            "the portable interpreter runs the guest"
+        )
+    elif platform.machine() in ("x86_64", "AMD64", "i686"):
+        reason = "this CPU shows neither vmx nor svm, so the portable interpreter runs the guest"
+    else:
+        reason = f"this is a {platform.machine()} machine, so the portable interpreter runs the guest"
+    return Choice("interpret", reason)
+
+
+def create(name: str) -> Engine:
+    """The engine of a :class:`Choice`. UnsupportedError if the extension module is missing or unusable."""
+    try:
+        return ENGINES[name]()
+    except KeyError:
+        raise BadOptionError(f"there is no engine named {name}") from None
+    except ImportError as error:
+        raise UnsupportedError(f"the extension module of the {name} engine cannot be loaded: {error}") from None
