@@ -8,7 +8,7 @@ use crate::msr::Msrs;
 use crate::state::*;
 use crate::tlb::Tlb;
 use nonroot_lapic::Lapic;
-use nonroot_native::VectorState;
+use nonroot_native::{NativeUnit, VectorState};
 use std::sync::Arc;
 
 /// One vCPU. Field order puts what every instruction touches first.
@@ -62,6 +62,8 @@ pub struct Cpu {
     pub mmio: MmioLog,
     /// The caller's answer to the last port, MSR or CPUID exit.
     pub reply: Option<Reply>,
+    /// Executor of vector and x87 instructions.
+    pub native: NativeUnit,
     /// An event that is being delivered, for double-fault detection and for
     /// state records taken in the middle.
     pub pending_event: Option<crate::events::Event>,
@@ -152,6 +154,7 @@ impl Cpu {
             cache: CodeCache::default(),
             mmio: MmioLog::default(),
             reply: None,
+            native: NativeUnit::new(),
             pending_event: None,
             pic_vector: None,
             injected: None,
@@ -243,6 +246,9 @@ impl Cpu {
         self.r.rflags = value & !rflags::STATUS;
         if changed & (rflags::AC | rflags::VM) != 0 {
             self.update_mode();
+        }
+        if changed & (rflags::IF | rflags::TF) != 0 {
+            self.interrupts_changed();
         }
     }
 

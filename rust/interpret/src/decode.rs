@@ -40,7 +40,7 @@ fn op_end(cpu: &mut Cpu, op: &Op) -> X {
 }
 
 /// The bytes are no instruction.
-fn op_invalid(cpu: &mut Cpu, _: &Op) -> X {
+pub fn op_invalid(cpu: &mut Cpu, _: &Op) -> X {
     Err(cpu.ud())
 }
 

@@ -99,6 +99,15 @@ impl Cpu {
         (e.tag == last & PAGE_MASK | self.tlb.asid).then(|| lin.wrapping_add(e.addend) as *mut u8)
     }
 
+    /// The host address of `size` bytes that may be read in place, if that needs no slow path.
+    #[inline(always)]
+    pub fn host_r(&mut self, lin: u64, size: usize) -> Option<*const u8> {
+        let last = lin.wrapping_add(size as u64 - 1);
+        // SAFETY: as in load_lin.
+        let e = unsafe { (*self.tlb.current).read[(lin >> 12) as usize & (ENTRIES - 1)] };
+        (e.tag == last & PAGE_MASK | self.tlb.asid).then(|| lin.wrapping_add(e.addend) as *const u8)
+    }
+
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, seg: usize, lin: u64, size: usize) -> X<u64> {

@@ -43,6 +43,8 @@ impl Cpu {
                 if let Some(exit) = self.attend(limit) {
                     return exit;
                 }
+                // Timers may have been set anew.
+                slice_end = self.retired;
                 continue;
             }
             if self.retired >= slice_end {

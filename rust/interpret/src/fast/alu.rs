@@ -1,6 +1,6 @@
 //! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST, INC, DEC, NEG, NOT.
 
-use super::{address, get, operands, set, sext, Form};
+use super::{addressing as address, get, operands, set, sext, Form};
 use crate::code_cache::{Handler, Op};
 use crate::cpu::Cpu;
 use crate::decode::plain;

@@ -3,7 +3,7 @@
 
 use super::alu::{self, CMP, TEST};
 use super::stack::{pop, push};
-use super::{address, fast_width, get, operands, set, sext, Form};
+use super::{addressing as address, fast_width, get, operands, set, sext, Form};
 use crate::code_cache::{Handler, Op, SETS_RIP};
 use crate::cpu::Cpu;
 use crate::decode::plain;

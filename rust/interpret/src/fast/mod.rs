@@ -3,9 +3,11 @@
 //! Each is a small function over an [`Op`] whose fields the decoder filled in.
 //! What is not here runs in the general executor, with the same results.
 
-mod address;
+#[path = "address.rs"]
+mod addressing;
 mod alu;
 mod branches;
+mod exchange;
 mod moves;
 mod shifts;
 mod stack;
@@ -15,6 +17,7 @@ use crate::cpu::Cpu;
 use crate::state::*;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
+pub use addressing::{fill as address, linear};
 pub use branches::fuse;
 
 /// Operand shapes of two-operand instructions.
@@ -62,7 +65,7 @@ fn is_immediate(kind: OpKind) -> bool {
 /// Fills in registers, immediate and address of a one- or two-operand
 /// instruction; None if an operand needs the general executor.
 pub(crate) fn operands(cpu: &Cpu, i: &Instruction, op: &mut Op) -> Option<(Form, usize)> {
-    let memory = |op: &mut Op| address::fill(cpu, i, op);
+    let memory = |op: &mut Op| addressing::fill(cpu, i, op);
     let form = match (i.op_count(), i.op0_kind()) {
         (1, OpKind::Register) => {
             op.dst = plain_register(i.op0_register())?;
@@ -115,10 +118,13 @@ pub(crate) fn operands(cpu: &Cpu, i: &Instruction, op: &mut Op) -> Option<(Form,
 
 /// A specialised operation for an instruction, if there is one.
 pub fn select(cpu: &Cpu, i: &Instruction) -> Option<Op> {
+    let m = i.mnemonic();
+    if matches!(m, Mnemonic::Xchg | Mnemonic::Xadd | Mnemonic::Cmpxchg) {
+        return exchange::select(cpu, i);
+    }
     if i.has_lock_prefix() {
         return None;
     }
-    let m = i.mnemonic();
     match m {
         Mnemonic::Nop | Mnemonic::Endbr64 | Mnemonic::Endbr32 | Mnemonic::Pause => moves::nop(i),
         Mnemonic::Add
@@ -143,9 +149,14 @@ pub fn select(cpu: &Cpu, i: &Instruction) -> Option<Op> {
         | Mnemonic::Cqo
         | Mnemonic::Cdq
         | Mnemonic::Bswap => moves::select(cpu, i),
-        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Imul | Mnemonic::Bt => {
-            shifts::select(cpu, i)
-        }
+        Mnemonic::Shl
+        | Mnemonic::Sal
+        | Mnemonic::Shr
+        | Mnemonic::Sar
+        | Mnemonic::Rol
+        | Mnemonic::Ror
+        | Mnemonic::Imul
+        | Mnemonic::Bt => shifts::select(cpu, i),
         Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave => stack::select(cpu, i),
         Mnemonic::Call | Mnemonic::Jmp | Mnemonic::Ret => branches::select(cpu, i),
         _ if i.is_jcc_short_or_near() => branches::select(cpu, i),

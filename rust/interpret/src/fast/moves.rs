@@ -1,6 +1,6 @@
 //! MOV, MOVZX, MOVSX, LEA, CDQE and friends.
 
-use super::{address, get, operands, plain_register, set, sext, Form};
+use super::{addressing as address, get, operands, plain_register, set, sext, Form};
 use crate::code_cache::{Handler, Op};
 use crate::cpu::Cpu;
 use crate::decode::plain;

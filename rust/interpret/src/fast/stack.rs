@@ -1,6 +1,6 @@
 //! PUSH, POP, LEAVE with the mode's natural operand size.
 
-use super::{address, fast_width, get, plain_register, set};
+use super::{addressing as address, fast_width, get, plain_register, set};
 use crate::code_cache::Op;
 use crate::cpu::Cpu;
 use crate::decode::plain;
