@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,19 +116,20 @@ def _engine() -> dict[str, Any]:
         return {**facts, "extension": None, "problem": f"the extension module cannot be loaded: {error}"}
     facts["extension"] = _engine.VERSION
     facts["optimisations"] = dict(_engine.optimisations())
-    built_in = []
-    for name, get in (
-        ("agent for 64-bit guests", lambda: _engine.agent(64)),
-        ("agent for 32-bit guests", lambda: _engine.agent(32)),
-        ("built-in guest", _engine.tiny_guest),
-    ):
-        try:
-            get()
-            built_in.append(name)
-        except ValueError:
-            pass
-    facts["built_in"] = built_in
+    pieces: dict[str, Callable[[], bytes]] = {
+        "agent for 64-bit guests": partial(_engine.agent, 64),
+        "agent for 32-bit guests": partial(_engine.agent, 32),
+        "built-in guest": _engine.tiny_guest,
+    }
+    facts["built_in"] = [name for name, get in pieces.items() if _present(get)]
     return facts
+
+
+def _present(get: Callable[[], bytes]) -> bool:
+    try:
+        return bool(get())
+    except ValueError:
+        return False
 
 
 def _guests() -> dict[str, Any]:
