@@ -5,14 +5,17 @@
 //! Source: Intel SDM volume 3, chapter "Advanced Programmable Interrupt
 //! Controller (APIC)".
 
+mod addressing;
 mod record;
 mod timer;
 
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use timer::Timer;
 
+pub use addressing::Addressing;
 pub use record::RECORD_LENGTH;
 
 /// What a register write asks of the rest of the machine.
@@ -132,6 +135,8 @@ pub struct Lapic {
     timer: Timer,
     /// Level of the LINT0 and LINT1 pins.
     lint: [bool; 2],
+    /// What other threads may ask: whom this APIC takes messages for.
+    addressing: Arc<Addressing>,
     /// Highest deliverable vector; kept up to date by [`Lapic::update`].
     deliverable: Option<u8>,
 }
@@ -156,6 +161,7 @@ impl Lapic {
             tmr: [0; 4],
             timer: Timer::new(tsc_khz, bus_hz),
             lint: [false; 2],
+            addressing: Arc::new(Addressing::new(id)),
             deliverable: None,
         };
         lapic.reset();
@@ -177,6 +183,7 @@ impl Lapic {
         self.tmr = [0; 4];
         self.timer.reset();
         self.update();
+        self.publish();
     }
 
     /// The APIC ID.
@@ -232,6 +239,7 @@ impl Lapic {
             }
         }
         self.update();
+        self.publish();
         Ok(())
     }
 
@@ -294,8 +302,14 @@ impl Lapic {
         match offset {
             0x080 => self.set_tpr(value & 0xff),
             0x0b0 => effects.eoi = self.end_of_interrupt(),
-            0x0d0 => self.ldr = value & 0xff00_0000,
-            0x0e0 => self.dfr = value | 0x0fff_ffff,
+            0x0d0 => {
+                self.ldr = value & 0xff00_0000;
+                self.publish();
+            }
+            0x0e0 => {
+                self.dfr = value | 0x0fff_ffff;
+                self.publish();
+            }
             0x0f0 => self.set_svr(value & SVR_WRITABLE),
             0x280 => self.latch_errors(),
             0x300 => {
@@ -407,28 +421,16 @@ impl Lapic {
 
     /// Whether a message to this destination is for this APIC.
     pub fn matches(&self, destination: u32, logical: bool) -> bool {
-        if !self.enabled() {
-            return false;
-        }
-        if destination == u32::MAX {
-            return true;
-        }
-        if self.x2apic() {
-            return if logical {
-                destination >> 16 == self.ldr >> 16 && destination & self.ldr & 0xffff != 0
-            } else {
-                destination == self.id
-            };
-        }
-        if !logical {
-            return destination == 0xff || destination == self.id;
-        }
-        let (mda, own) = (destination & 0xff, self.ldr >> 24);
-        if self.dfr >> 28 == 0xf {
-            mda & own != 0
-        } else {
-            mda == 0xff || (mda >> 4 == own >> 4 && mda & own & 0xf != 0)
-        }
+        self.addressing.matches(destination, logical)
+    }
+
+    /// The same question for other threads, which need no lock for it.
+    pub fn addressing(&self) -> Arc<Addressing> {
+        self.addressing.clone()
+    }
+
+    pub(crate) fn publish(&self) {
+        self.addressing.publish(self.enabled(), self.x2apic(), self.ldr, self.dfr);
     }
 
     /// The vector that would be delivered now (above the processor priority).

@@ -134,6 +134,7 @@ impl Lapic {
         new.timer.schedule();
         new.update();
         *self = new;
+        self.publish();
         Ok(())
     }
 }

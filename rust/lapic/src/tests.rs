@@ -251,6 +251,13 @@ fn destinations() {
     assert_eq!(lapic.mmio_read(0xe0, 0), 0x0fff_ffff);
     assert!(lapic.matches(0x13, true) && lapic.matches(0xff, true));
     assert!(!lapic.matches(0x22, true) && !lapic.matches(0x11, true));
+    let shared = lapic.addressing();
+    assert!(shared.matches(0x13, true));
+    let mut other = enabled(4);
+    lapic.set_state(&other.state()).unwrap();
+    assert!(!shared.matches(0x13, true), "other threads see a loaded record");
+    other.set_base(0).unwrap();
+    assert!(!other.addressing().matches(4, false));
     let lapic = x2(0x34);
     assert!(lapic.matches(0x34, false) && lapic.matches(u32::MAX, false) && !lapic.matches(0xff, false));
     assert!(lapic.matches(0x3_0010, true) && lapic.matches(0x3_ffff, true) && lapic.matches(u32::MAX, true));
