@@ -215,6 +215,11 @@ fn slot_register(thunk: &ThunkRef, slot: usize) -> u8 {
 /// The flags that an instruction with unmasked exceptions leaves in MXCSR: if
 /// one that is detected before computing is unmasked (invalid, denormal, divide
 /// by zero), the others do not come up (SDM 1, 11.5.3).
+///
+/// Two doubts remain. Beside an unmasked overflow or underflow, precision is
+/// always reported, while a processor reports it only if the result, had its
+/// exponent not been limited, were inexact. And DPPS and DPPD, which stop at the
+/// step that raises an unmasked exception, report those of later steps as well.
 fn reported(unmasked: u32, raised: u32) -> u32 {
     const BEFORE: u32 = 7;
     if unmasked & BEFORE != 0 {

@@ -320,32 +320,6 @@ fn kind_of_move(code: Code) -> Option<Move> {
     }
 }
 
-/// Alignment that the memory operand of a thunk needs, given its size.
-pub(crate) fn alignment(instruction: &Instruction, size: usize) -> u8 {
-    let aligned = match instruction.code().encoding() {
-        // Legacy SSE: every 16-byte operand, but for the explicitly unaligned ones.
-        EncodingKind::Legacy => {
-            size == 16
-                && !matches!(
-                    instruction.mnemonic(),
-                    Mnemonic::Pcmpistri
-                        | Mnemonic::Pcmpistrm
-                        | Mnemonic::Pcmpestri
-                        | Mnemonic::Pcmpestrm
-                        | Mnemonic::Pcmpestri64
-                        | Mnemonic::Pcmpestrm64
-                )
-        }
-        // VEX: only the aligned moves, which are all plans without a thunk.
-        _ => false,
-    };
-    if aligned {
-        16
-    } else {
-        1
-    }
-}
-
 /// The general register number that addresses memory through `register`.
 pub(crate) fn base_register(register: Register) -> Option<u8> {
     register.is_gpr().then(|| register.full_register().number() as u8)

@@ -17,13 +17,13 @@
 
 use crate::arena::Arena;
 use crate::classify::{uses_mxcsr, Class};
-use crate::plan::{alignment, register, MemAccess, ThunkRef, Unsupported};
+use crate::plan::{register, MemAccess, ThunkRef, Unsupported};
 use crate::state::{fx, VectorState};
-use crate::unit::{is_vex, ThunkContext};
+use crate::unit::ThunkContext;
 use iced_x86::code_asm::CodeAssembler;
 use iced_x86::{
-    Code, Encoder, IcedError, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemoryOperand,
-    OpAccess, OpKind, Register,
+    Code, Encoder, EncodingKind, IcedError, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
 };
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -201,7 +201,7 @@ impl Uses {
             flags_written: rflags(normal.rflags_modified()),
             fx: matches!(class, Class::X87 | Class::Mmx | Class::SseMmx),
             mxcsr: matches!(class, Class::Sse | Class::SseMmx | Class::Avx) && uses_mxcsr(normal.code()),
-            vex: is_vex(class),
+            vex: class == Class::Avx,
         };
         let mut factory = InstructionInfoFactory::new();
         let info = factory.info_options(normal, InstructionInfoOptions::NONE);
@@ -247,6 +247,32 @@ impl Uses {
             uses.memory = Some(MemAccess { size: size as u16, read, write, align: alignment(normal, size) });
         }
         Ok(uses)
+    }
+}
+
+/// Alignment that the memory operand of a thunk needs, given its size.
+fn alignment(instruction: &Instruction, size: usize) -> u8 {
+    let aligned = match instruction.code().encoding() {
+        // Legacy SSE: every 16-byte operand, but for the explicitly unaligned ones.
+        EncodingKind::Legacy => {
+            size == 16
+                && !matches!(
+                    instruction.mnemonic(),
+                    Mnemonic::Pcmpistri
+                        | Mnemonic::Pcmpistrm
+                        | Mnemonic::Pcmpestri
+                        | Mnemonic::Pcmpestrm
+                        | Mnemonic::Pcmpestri64
+                        | Mnemonic::Pcmpestrm64
+                )
+        }
+        // VEX: only the aligned moves, which are all plans without a thunk.
+        _ => false,
+    };
+    if aligned {
+        16
+    } else {
+        1
     }
 }
 

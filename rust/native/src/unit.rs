@@ -140,7 +140,8 @@ impl NativeUnit {
             Some(needed) => self.features.contains(needed),
             None => false,
         };
-        if !instruction.cpuid_features().iter().all(known) {
+        // WAIT is older than features.
+        if class != Class::Wait && !instruction.cpuid_features().iter().all(known) {
             return Err(Unsupported::Feature);
         }
         if let Some((plan, memory)) = portable(instruction)? {
@@ -193,9 +194,4 @@ fn is_memory(kind: OpKind) -> bool {
             | OpKind::Immediate8to64
             | OpKind::Immediate32to64
     )
-}
-
-/// The parts of a compiled instruction that only the thunk's maker knows.
-pub(crate) fn is_vex(class: Class) -> bool {
-    class == Class::Avx
 }

@@ -1,6 +1,8 @@
 //! A vCPU reduced to what the unit needs, and instructions made from iced's codes.
 #![allow(dead_code)]
 
+pub mod reference;
+
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, Instruction, MemorySize, OpCodeOperandKind as Kind, OpKind,
     Register,
@@ -156,9 +158,9 @@ impl Guest for TestCpu {
 
     fn read(&mut self, address: u64, buffer: &mut [u8]) -> Result<(), Refused> {
         self.log.push((address, buffer.len(), false));
-        for n in 0..buffer.len() {
+        for (n, byte) in buffer.iter_mut().enumerate() {
             let at = address.wrapping_add(n as u64);
-            buffer[n] = *self.memory.get(&at).ok_or(Refused { address: at, write: false })?;
+            *byte = *self.memory.get(&at).ok_or(Refused { address: at, write: false })?;
         }
         Ok(())
     }

@@ -1,0 +1,327 @@
+//! Every instruction, compared with the host running it on the same registers
+//! in a frame of its own: all vector, general and x87 registers, flags, MXCSR
+//! and memory must come out the same.
+
+#![cfg(all(target_arch = "x86_64", unix, not(feature = "portable")))]
+
+mod common;
+
+use common::reference::{Host, HostState};
+use common::{instruction, Operands, Random, Refused, TestCpu};
+use iced_x86::Mnemonic::{Dppd, Dpps, Vdppd, Vdpps};
+use iced_x86::{Code, EncodingKind, Instruction};
+use nonroot_native::state::{fsw, fx};
+use nonroot_native::{
+    execute, uses_mxcsr, Class, HostFeatures, MemAccess, Plan, Stop, Trap, VectorState, X87Control,
+};
+
+const ROUNDS: usize = 6;
+
+/// A form of every code that the unit compiles on this host, with its plan's class.
+fn forms(classes: &[Class]) -> Vec<Instruction> {
+    let mut cpu = TestCpu::new();
+    let mut all = Vec::new();
+    // RSP (4) is not the frame's to load, RBX (3) addresses memory.
+    let registers =
+        [[1, 2, 3, 5, 6], [9, 14, 8, 15, 12], [0, 0, 0, 0, 0], [8, 8, 1, 7, 2], [15, 1, 15, 2, 3]];
+    for code in Code::values() {
+        if !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX) || code.op_code().fwait() {
+            continue;
+        }
+        let mut bare = Instruction::new();
+        bare.set_code(code);
+        let Some(class) = nonroot_native::classify(&bare) else { continue };
+        if !classes.contains(&class) || !code.op_code().mode64() {
+            continue;
+        }
+        let missing = |&f: &_| !HostFeatures::of_host().contains(HostFeatures::of(f).expect("known"));
+        if code.cpuid_features().iter().any(missing) {
+            continue;
+        }
+        for (n, registers) in registers.into_iter().enumerate() {
+            for memory in [false, true] {
+                let operands = Operands { registers, memory, immediate: [0, 0x1b, 0x4d, 0xff, 0x72][n] };
+                let Some(made) = instruction(code, operands, 64) else { continue };
+                // Gathers with equal registers are invalid and have a test of their own.
+                match cpu.unit.compile(&made) {
+                    Ok(compiled) if !matches!(compiled.plan, Plan::Gather(_)) => all.push(made),
+                    Ok(_) | Err(nonroot_native::Unsupported::InvalidOperands) => {}
+                    Err(why) => panic!("{made} ({code:?}): {why}"),
+                }
+            }
+        }
+    }
+    all
+}
+
+/// x87 registers with values of all kinds, a random stack and random flags
+/// (none of which is unmasked).
+fn random_x87(state: &mut VectorState, random: &mut Random, unmasked: bool) {
+    for n in 0..8 {
+        let mantissa = random.next();
+        let (mantissa, exponent) = match random.below(9) {
+            0 => (0, 0),
+            1 => (1 << 63, 0x3fff),
+            2 => (mantissa | 1 << 63, 0x3ffe + random.below(5) as u16),
+            3 => (mantissa >> 1, 0),
+            4 => (1 << 63, 0x7fff),
+            5 => (mantissa | 3 << 62, 0x7fff),
+            6 => (mantissa >> 1 | 1 << 63, 0x7fff),
+            7 => (mantissa | 1 << 63, random.below(0x7fff) as u16),
+            _ => (mantissa, random.next() as u16 & 0x7fff),
+        };
+        let slot = &mut state.fx[fx::ST + 16 * n..][..10];
+        slot[..8].copy_from_slice(&mantissa.to_le_bytes());
+        let sign = (random.next() as u16) << 15;
+        slot[8..].copy_from_slice(&(exponent | sign).to_le_bytes());
+    }
+    let masks = if unmasked { random.next() as u16 & 0x3f } else { 0x3f };
+    let control = random.next() as u16 & 0x0f00 | 0x40 | masks;
+    state.set_fx16(fx::FCW, control);
+    let flags = random.next() as u16 & masks & random.next() as u16;
+    state.set_fx16(fx::FSW, random.next() as u16 & 0x7f00 | flags);
+    state.fx[fx::FTW] = match random.below(4) {
+        0 => random.next() as u8,
+        1 => 0,
+        _ => 0xff,
+    };
+}
+
+fn prepare(cpu: &mut TestCpu, host: &mut Host, random: &mut Random, memory: Option<MemAccess>) -> u64 {
+    let size = memory.map_or(64, |m| m.size as usize);
+    let address = host.buffer(size.next_multiple_of(memory.map_or(1, |m| m.align as usize)));
+    let mut data = Vec::new();
+    while data.len() < size {
+        data.extend(random.vector());
+    }
+    cpu.memory.clear();
+    cpu.put(address, &data[..size]);
+    host.write(address, &data[..size]);
+    cpu.gpr[3] = address;
+    cpu.gpr[7] = address;
+    address
+}
+
+fn host_state(cpu: &TestCpu) -> HostState {
+    HostState {
+        ymm: cpu.state.ymm,
+        fx: cpu.state.fx,
+        gpr: cpu.gpr,
+        rflags: cpu.flags,
+        mxcsr: cpu.state.mxcsr,
+        ..HostState::default()
+    }
+}
+
+/// Compares everything but the x87 pointers, which have tests of their own.
+fn assert_same(cpu: &TestCpu, host: &Host, expected: &HostState, address: u64, what: &str) {
+    for n in 0..16 {
+        assert_eq!(cpu.state.ymm[n], expected.ymm[n], "{what}: YMM{n}");
+        if n != 4 {
+            assert_eq!(cpu.gpr[n], expected.gpr[n], "{what}: general register {n}");
+        }
+    }
+    assert_eq!(cpu.flags & 0x8d5, expected.rflags & 0x8d5, "{what}: flags");
+    assert_eq!(cpu.state.mxcsr, expected.mxcsr, "{what}: MXCSR");
+    assert_eq!(cpu.state.fcw(), u16::from_le_bytes([expected.fx[0], expected.fx[1]]), "{what}: FCW");
+    assert_eq!(cpu.state.fsw(), u16::from_le_bytes([expected.fx[2], expected.fx[3]]), "{what}: FSW");
+    assert_eq!(cpu.state.fx[fx::FTW], expected.fx[fx::FTW], "{what}: FTW");
+    for n in 0..8 {
+        let range = fx::ST + 16 * n..fx::ST + 16 * n + 10;
+        assert_eq!(cpu.state.fx[range.clone()], expected.fx[range], "{what}: ST({n})");
+    }
+    assert!(cpu.state.fx[fx::XMM..].iter().all(|&byte| byte == 0), "{what}: the image's unused part");
+    let size = cpu.memory.len();
+    assert_eq!(cpu.get(address, size), host.read(address, size), "{what}: memory");
+}
+
+#[test]
+fn vector_instructions_do_what_the_host_does() {
+    let mut host = Host::new();
+    let mut random = Random::new(1);
+    let mut cpu = TestCpu::new();
+    let forms = forms(&[Class::Sse, Class::Avx, Class::Mmx, Class::SseMmx]);
+    assert!(forms.len() > 4000, "only {} forms", forms.len());
+    for made in forms {
+        let compiled = cpu.compile(&made);
+        host.prepare(&made);
+        for round in 0..ROUNDS {
+            cpu.randomise(&mut random);
+            random_x87(&mut cpu.state, &mut random, false);
+            cpu.state.mxcsr = 0x1f80 | random.next() as u32 & 0xe07f;
+            let address = prepare(&mut cpu, &mut host, &mut random, compiled.memory);
+            if matches!(compiled.plan, Plan::LoadMxcsr) {
+                let value = (random.next() as u32 & 0xffff | 0x1f80).to_le_bytes();
+                cpu.put(address, &value);
+                host.write(address, &value);
+            }
+            let mut expected = host_state(&cpu);
+            assert_eq!(host.run(&mut expected), None);
+            let what = format!("{made} ({:?}), round {round}", made.code());
+            assert_eq!(execute(&mut cpu, &compiled, address), Ok(()), "{what}");
+            assert_same(&cpu, &host, &expected, address, &what);
+        }
+    }
+}
+
+/// Whether the host's result does not define the instruction's (pointers, reserved words).
+fn environment(plan: Plan) -> bool {
+    matches!(plan, Plan::X87Control(X87Control::StoreEnvironment { .. } | X87Control::Save { .. }))
+}
+
+#[test]
+fn x87_instructions_do_what_the_host_does() {
+    let mut host = Host::new();
+    let mut random = Random::new(2);
+    let mut cpu = TestCpu::new();
+    let forms = forms(&[Class::X87]);
+    assert!(forms.len() > 300, "only {} forms", forms.len());
+    for made in forms {
+        let compiled = cpu.compile(&made);
+        host.prepare(&made);
+        for round in 0..20 * ROUNDS {
+            cpu.randomise(&mut random);
+            random_x87(&mut cpu.state, &mut random, round % 2 == 1);
+            cpu.state.mxcsr = 0x1f80;
+            let address = prepare(&mut cpu, &mut host, &mut random, compiled.memory);
+            let mut expected = host_state(&cpu);
+            assert_eq!(host.run(&mut expected), None);
+            let what = format!("{made} ({:?}), round {round}", made.code());
+            assert_eq!(execute(&mut cpu, &compiled, address), Ok(()), "{what}");
+            if environment(compiled.plan) {
+                // Compared below, without pointers.
+                let size = cpu.memory.len();
+                let wide = size == 28 || size == 108;
+                let (ours, theirs) = (cpu.get(address, size), host.read(address, size));
+                let words = if wide { [0, 4, 8] } else { [0, 2, 4] };
+                for at in words {
+                    assert_eq!(ours[at..at + 2], theirs[at..at + 2], "{what}: word at {at}");
+                }
+                let registers = if wide { 28 } else { 14 };
+                assert_eq!(ours[registers..], theirs[registers..], "{what}: registers");
+                cpu.put(address, &theirs);
+            }
+            assert_same(&cpu, &host, &expected, address, &what);
+        }
+    }
+}
+
+#[test]
+fn unmasked_simd_exceptions_change_nothing_but_their_flags() {
+    let mut host = Host::new();
+    let mut random = Random::new(3);
+    let mut cpu = TestCpu::new();
+    let mut faults = 0;
+    for made in forms(&[Class::Sse, Class::Avx]).into_iter().filter(|made| uses_mxcsr(made.code())) {
+        let compiled = cpu.compile(&made);
+        host.prepare(&made);
+        for round in 0..4 * ROUNDS {
+            cpu.randomise(&mut random);
+            cpu.state.fx = VectorState::default().fx;
+            cpu.state.mxcsr = random.next() as u32 & 0xffc0;
+            let address = prepare(&mut cpu, &mut host, &mut random, compiled.memory);
+            let mut expected = host_state(&cpu);
+            let before = (cpu.state.clone(), cpu.gpr, cpu.flags, cpu.memory.clone());
+            let fault = host.run(&mut expected);
+            let what = format!("{made} ({:?}), round {round}, MXCSR {:#x}", made.code(), before.0.mxcsr);
+            let result = execute(&mut cpu, &compiled, address);
+            match fault {
+                None => {
+                    assert_eq!(result, Ok(()), "{what}");
+                    assert_same(&cpu, &host, &expected, address, &what);
+                }
+                Some(mxcsr) => {
+                    faults += 1;
+                    assert_eq!(result, Err(Stop::Trap(Trap::SimdFault)), "{what}");
+                    // Whether a result that overflowed or underflowed was also inexact is not known.
+                    let scaled = mxcsr & !(mxcsr >> 7) & 0x18 != 0;
+                    // DPPS and DPPD work in steps; at which one they stopped is not known either.
+                    let steps = matches!(made.code().mnemonic(), Dpps | Dppd | Vdpps | Vdppd);
+                    let doubtful = if steps { 0x3f } else { u32::from(scaled) << 5 };
+                    assert_eq!(cpu.state.mxcsr | doubtful, mxcsr | doubtful, "{what}: flags");
+                    cpu.state.mxcsr = before.0.mxcsr;
+                    assert!(cpu.state == before.0, "{what}: vector state changed");
+                    assert_eq!((cpu.gpr, cpu.flags), (before.1, before.2), "{what}");
+                    assert_eq!(cpu.memory, before.3, "{what}");
+                }
+            }
+        }
+    }
+    assert!(faults > 1000, "only {faults} exceptions");
+}
+
+#[test]
+fn a_page_fault_changes_nothing() {
+    let mut random = Random::new(4);
+    let mut cpu = TestCpu::new();
+    let classes = [Class::Sse, Class::Avx, Class::Mmx, Class::SseMmx, Class::X87];
+    for made in forms(&classes) {
+        let compiled = cpu.compile(&made);
+        let Some(memory) = compiled.memory else { continue };
+        if matches!(compiled.plan, Plan::Masked(_)) {
+            continue;
+        }
+        cpu.randomise(&mut random);
+        cpu.state.fx = VectorState::default().fx;
+        cpu.state.fx[fx::FTW] = 0xff;
+        cpu.state.mxcsr = 0x1f80;
+        // All bytes but the last are there.
+        cpu.memory.clear();
+        cpu.put(common::ADDRESS, &vec![0; memory.size as usize - 1]);
+        let before = (cpu.state.clone(), cpu.gpr, cpu.flags, cpu.memory.clone());
+        let at = common::ADDRESS + u64::from(memory.size) - 1;
+        let fault = Refused { address: at, write: !memory.read };
+        assert_eq!(execute(&mut cpu, &compiled, common::ADDRESS), Err(Stop::Memory(fault)), "{made}");
+        assert!(cpu.state == before.0, "{made}: vector state changed");
+        assert_eq!((cpu.gpr, cpu.flags), (before.1, before.2), "{made}");
+        assert_eq!(cpu.memory, before.3, "{made}");
+    }
+}
+
+#[test]
+fn code_of_32_bits_gives_the_same_thunks() {
+    let mut cpu = TestCpu::new();
+    let mut compared = 0;
+    for made in forms(&[Class::Sse, Class::Avx, Class::Mmx, Class::SseMmx, Class::X87]) {
+        let code = made.code();
+        if !code.op_code().mode32() || made.op_kinds().any(|k| k == iced_x86::OpKind::MemorySegRDI) {
+            continue;
+        }
+        for memory in [false, true] {
+            let operands = Operands { registers: [1, 2, 3, 5, 6], memory, immediate: 0x1b };
+            let (Some(wide), Some(narrow)) =
+                (instruction(code, operands, 64), instruction(code, operands, 32))
+            else {
+                continue;
+            };
+            let (wide, narrow) = (cpu.compile(&wide), cpu.compile(&narrow));
+            assert_eq!(wide, narrow, "{code:?}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 1000, "only {compared}");
+}
+
+/// A status word with a pending exception stops waiting instructions only.
+#[test]
+fn pending_x87_exceptions_stop_the_next_waiting_instruction() {
+    let mut cpu = TestCpu::new();
+    let operands = Operands { registers: [1, 2, 3, 5, 6], memory: false, immediate: 0 };
+    let make = |code| instruction(code, operands, 64).expect("encodable");
+    cpu.state.set_fx16(fx::FCW, 0x037b); // divide by zero unmasked
+    cpu.run(&make(Code::Fld1), 0).expect("no exception");
+    cpu.run(&make(Code::Fldz), 0).expect("no exception");
+    cpu.rip = 0x7777;
+    cpu.run(&make(Code::Fdivp_sti_st0), 0).expect("it is the next one that faults");
+    assert_eq!(cpu.state.fsw() & (fsw::ES | fsw::B | fsw::ZE), fsw::ES | fsw::B | fsw::ZE);
+    assert_eq!(cpu.state.fx64(fx::FIP), 0x7777);
+    let before = cpu.state.clone();
+    for code in [Code::Fld1, Code::Wait, Code::Emms, Code::Paddb_mm_mmm64, Code::Fnop] {
+        assert_eq!(cpu.run(&make(code), 0), Err(Stop::Trap(Trap::MathFault)), "{code:?}");
+    }
+    assert!(cpu.state == before);
+    cpu.run(&make(Code::Fnstsw_AX), 0).expect("does not wait");
+    assert_eq!(cpu.gpr[0] as u16, before.fsw());
+    cpu.run(&make(Code::Fnclex), 0).expect("does not wait");
+    cpu.run(&make(Code::Fld1), 0).expect("nothing is pending");
+}
