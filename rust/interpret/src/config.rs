@@ -36,6 +36,9 @@ pub struct Config {
     pub exception_exits: u32,
     /// Control register writes exit.
     pub cr_exits: bool,
+    /// Start of the random numbers that RDRAND and RDSEED give in virtual time; in
+    /// host time they are the host's.
+    pub random_seed: u64,
     /// Optimisations that are switched on.
     pub optimise: Optimisations,
 }
@@ -88,6 +91,7 @@ impl Default for Config {
             msr_exits: false,
             exception_exits: 0,
             cr_exits: false,
+            random_seed: 0,
             optimise: Optimisations::default(),
         }
     }

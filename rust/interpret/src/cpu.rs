@@ -89,6 +89,8 @@ pub struct Cpu {
     pub pending_exits: Vec<Exit>,
     /// IA32_APIC_BASE does not hold its usual address.
     pub lapic_moved: bool,
+    /// The source of RDRAND and RDSEED.
+    pub random: crate::general::random::Random,
     /// Counters by name, see `Vcpu::statistics`.
     pub stats: Statistics,
 }
@@ -148,6 +150,7 @@ impl Cpu {
             msr: Msrs::default(),
             lapic: Lapic::new(config.apic_id, config.tsc_khz, config.apic_bus_hz),
             clock: config.clock.clone(),
+            random: crate::general::random::Random::new(config.random_seed),
             config,
             mem,
             mailbox: Arc::new(Mailbox::default()),

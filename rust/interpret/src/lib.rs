@@ -8,6 +8,7 @@ pub mod decode;
 pub mod events;
 mod fast;
 pub mod flags;
+pub mod general;
 pub mod mem;
 pub mod mmio;
 pub mod msr;

@@ -408,6 +408,19 @@ impl Cpu {
         Ok(())
     }
 
+    /// Raises whatever a load of `len` bytes would raise, without loading.
+    pub fn probe_load(&mut self, segment: usize, offset: u64, len: usize) -> X {
+        let lin = self.linear(segment, offset, len, false)?;
+        self.check_canonical(segment, lin, len)?;
+        let access = Access { kind: Kind::Read, system: false };
+        self.probe(lin, access)?;
+        let last = self.wrap(lin.wrapping_add(len as u64 - 1));
+        if last & PAGE_MASK != lin & PAGE_MASK {
+            self.probe(last, access)?;
+        }
+        Ok(())
+    }
+
     /// Reads, changes and writes back `size` bytes; returns the old value. With
     /// `lock` the change is one atomic host operation (as XCHG and LOCK need).
     /// `f` may be called more than once and must depend on its argument alone;

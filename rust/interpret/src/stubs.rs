@@ -6,8 +6,9 @@ use crate::cpu::Cpu;
 use crate::state::*;
 
 impl Cpu {
-    pub fn execute_general(&mut self, _: &iced_x86::Instruction) -> X<bool> {
-        Ok(false)
+    /// INT n, INT3, INTO, INT1.
+    pub fn soft_interrupt(&mut self, _: crate::events::EventKind, _: u8) -> X {
+        Err(self.unimplemented("software interrupts"))
     }
     pub fn execute_system(&mut self, _: &iced_x86::Instruction) -> X<bool> {
         Ok(false)
