@@ -78,8 +78,8 @@ impl Guest for Operand<'_> {
     }
 
     #[inline(always)]
-    fn unit(&mut self) -> &mut NativeUnit {
-        &mut self.cpu.native
+    fn parts(&mut self) -> (&mut NativeUnit, &mut VectorState) {
+        (&mut self.cpu.native, &mut self.cpu.fpu)
     }
 }
 

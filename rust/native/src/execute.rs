@@ -70,8 +70,8 @@ pub trait Guest {
     /// The vector register file.
     fn vectors(&mut self) -> &mut VectorState;
 
-    /// The unit that compiled the instruction.
-    fn unit(&mut self) -> &mut NativeUnit;
+    /// The unit that compiled the instruction, and the vector register file.
+    fn parts(&mut self) -> (&mut NativeUnit, &mut VectorState);
 }
 
 const STATUS_FLAGS: u64 = 0x8d5;
@@ -144,68 +144,71 @@ fn run_thunk<G: Guest>(
     thunk: &ThunkRef,
     address: u64,
 ) -> Result<(), Stop<G::Fault>> {
-    if !guest.unit().is_current(thunk) {
+    let (unit, state) = guest.parts();
+    if !unit.is_current(thunk) {
         return Err(Stop::Stale);
     }
-    if thunk.fx && guest.vectors().x87_pending() {
+    if thunk.fx && state.x87_pending() {
         return Err(Stop::Trap(Trap::MathFault));
     }
     if let Some(memory) = compiled.memory.filter(|memory| memory.read) {
         let mut buffer = [0; 32];
         let size = memory.size as usize & 63;
         guest.read(address, &mut buffer[..size]).map_err(Stop::Memory)?;
-        guest.unit().context().scratch[..32].copy_from_slice(&buffer);
+        guest.parts().0.context().scratch[..32].copy_from_slice(&buffer);
     }
-    for slot in (0..4).filter(|slot| thunk.gpr_in & 1 << slot != 0) {
+    for slot in slots(thunk.gpr_in) {
         let value = guest.gpr(slot_register(thunk, slot));
-        guest.unit().context().gpr[slot] = value;
+        guest.parts().0.context().gpr[slot] = value;
     }
     if thunk.flags_read {
-        guest.unit().context().rflags = guest.flags() & STATUS_FLAGS | 0x202;
+        let flags = guest.flags() & STATUS_FLAGS | 0x202;
+        guest.parts().0.context().rflags = flags;
     }
-    let mxcsr = guest.vectors().mxcsr;
+    let (unit, state) = guest.parts();
     if thunk.mxcsr {
-        guest.unit().context().set_mxcsr(mxcsr);
+        unit.context().set_mxcsr(state.mxcsr);
     }
     if thunk.fx {
-        let mut image = [0; fx::XMM];
-        image.copy_from_slice(&guest.vectors().fx[..fx::XMM]);
-        guest.unit().context().load_fx(&image);
+        unit.context().load_fx(&state.fx);
     }
-    let state: *mut VectorState = guest.vectors();
-    // SAFETY: `state` is valid for the call, which only stores to it through this pointer; nothing
-    // between here and the call touches it. `is_current` said that the thunk is in the unit's memory.
-    let unmasked = unsafe { guest.unit().call(thunk, state) };
+    let Some(unmasked) = unit.call(thunk, state) else { return Err(Stop::Stale) };
     if unmasked != 0 {
-        let (unmasked, raised) = (unmasked & 0x3f, guest.unit().context().mxcsr_out & 0x3f);
-        guest.vectors().mxcsr = mxcsr | reported(unmasked, raised);
+        let raised = unit.context().mxcsr_out & 0x3f;
+        state.mxcsr |= reported(unmasked & 0x3f, raised);
         return Err(Stop::Trap(simd_fault(guest.control().cr4)));
     }
     if let Some(memory) = compiled.memory.filter(|memory| memory.write) {
-        let control = guest.vectors().fcw();
-        if !thunk.fx || store_done(control, guest.unit().context().fsw()) {
-            let buffer = guest.unit().context().scratch;
+        if !thunk.fx || store_done(state.fcw(), unit.context().fsw()) {
+            let buffer = unit.context().scratch;
             guest.write(address, &buffer[..memory.size as usize & 63]).map_err(Stop::Memory)?;
         }
     }
     if thunk.mxcsr {
-        let raised = guest.unit().context().mxcsr_out & 0x3f;
-        guest.vectors().mxcsr |= raised;
+        let (unit, state) = guest.parts();
+        state.mxcsr |= unit.context().mxcsr_out & 0x3f;
     }
     if thunk.fx {
         commit_fx(guest, compiled, thunk, address);
     }
-    for slot in (0..4).filter(|slot| thunk.gpr_out & 1 << slot != 0) {
-        let value = guest.unit().context().gpr[slot];
+    for slot in slots(thunk.gpr_out) {
+        let value = guest.parts().0.context().gpr[slot];
         guest.set_gpr(slot_register(thunk, slot), value);
     }
     if thunk.flags_written != 0 {
         let written = u64::from(thunk.flags_written);
-        let new = guest.unit().context().rflags & written;
+        let new = guest.parts().0.context().rflags & written;
         let kept = if written == STATUS_FLAGS { 0 } else { guest.flags() & STATUS_FLAGS & !written };
         guest.set_status_flags(new | kept);
     }
     Ok(())
+}
+
+/// The general register slots in a mask.
+#[inline(always)]
+fn slots(mask: u8) -> impl Iterator<Item = usize> {
+    let count = if mask == 0 { 0 } else { 4 };
+    (0..count).filter(move |slot| mask & 1 << slot != 0)
 }
 
 fn slot_register(thunk: &ThunkRef, slot: usize) -> u8 {
@@ -237,12 +240,9 @@ fn store_done(control: u16, status: u16) -> bool {
 }
 
 fn commit_fx<G: Guest>(guest: &mut G, compiled: &Compiled, thunk: &ThunkRef, address: u64) {
-    let mut image = [0; fx::XMM];
-    guest.unit().context().store_fx(&mut image);
     let rip = guest.instruction_pointer();
-    let state = guest.vectors();
-    state.fx[..fx::FOP].copy_from_slice(&image[..fx::FOP]);
-    state.fx[fx::ST..fx::XMM].copy_from_slice(&image[fx::ST..]);
+    let (unit, state) = guest.parts();
+    unit.context().store_fx(&mut state.fx);
     if thunk.x87 {
         state.set_fx64(fx::FIP, rip);
         if compiled.memory.is_some() {
@@ -254,7 +254,7 @@ fn commit_fx<G: Guest>(guest: &mut G, compiled: &Compiled, thunk: &ThunkRef, add
     }
 }
 
-#[cold]
+#[inline(never)]
 fn run_portable<G: Guest>(
     guest: &mut G,
     plan: Plan,

@@ -59,19 +59,21 @@ impl ThunkContext {
         self.mxcsr_in = guest & ROUNDING_FTZ_DAZ | 0x1f80 | flush;
     }
 
-    /// Takes the guest's x87 state (the first 160 bytes of its image).
-    pub(crate) fn load_fx(&mut self, image: &[u8; fx::XMM]) {
+    /// Takes the guest's x87 registers, control, status and tag words.
+    #[inline]
+    pub(crate) fn load_fx(&mut self, image: &[u8; 512]) {
         self.fx[..fx::FOP].copy_from_slice(&image[..fx::FOP]);
         self.fx[fx::FOP..fx::MXCSR].fill(0);
-        self.fx[fx::ST..fx::XMM].copy_from_slice(&image[fx::ST..]);
+        self.fx[fx::ST..fx::XMM].copy_from_slice(&image[fx::ST..fx::XMM]);
     }
 
-    /// Gives the x87 state that the thunk left, reserved bytes cleared.
-    pub(crate) fn store_fx(&self, image: &mut [u8; fx::XMM]) {
-        image.copy_from_slice(&self.fx[..fx::XMM]);
-        image[fx::FTW + 1] = 0;
-        for slot in image[fx::ST..].chunks_exact_mut(16) {
-            slot[10..].fill(0);
+    /// Gives the x87 state that the thunk left, but for the pointers, which are the host's.
+    #[inline]
+    pub(crate) fn store_fx(&self, image: &mut [u8; 512]) {
+        image[..fx::FTW + 1].copy_from_slice(&self.fx[..fx::FTW + 1]);
+        for n in 0..8 {
+            let at = fx::ST + 16 * n;
+            image[at..at + 10].copy_from_slice(&self.fx[at..at + 10]);
         }
     }
 
@@ -166,17 +168,13 @@ impl NativeUnit {
         &mut self.context
     }
 
-    /// Runs a thunk. Returns the unmasked SIMD exceptions that it raised, in
-    /// which case no vector register has changed.
-    ///
-    /// # Safety
-    /// [`NativeUnit::is_current`] holds for `thunk`, and `state` points to a
-    /// register file that nothing else uses during the call.
+    /// Runs a thunk. Gives the unmasked SIMD exceptions that it raised (if
+    /// there are any, no vector register has changed); `None` if it is stale.
     #[inline]
-    pub(crate) unsafe fn call(&mut self, thunk: &ThunkRef, state: *mut VectorState) -> u32 {
-        let context: *mut ThunkContext = &mut *self.context;
-        // SAFETY: the caller's promise; the context is ours and exclusively borrowed.
-        unsafe { self.thunks.call(thunk, state, context) }
+    pub(crate) fn call(&mut self, thunk: &ThunkRef, state: &mut VectorState) -> Option<u32> {
+        // SAFETY: the thunk is current, so its code is in our memory; state and context are
+        // exclusively borrowed.
+        self.is_current(thunk).then(|| unsafe { self.thunks.call(thunk, state, &mut *self.context) })
     }
 }
 

@@ -203,8 +203,8 @@ impl Guest for TestCpu {
         &mut self.state
     }
 
-    fn unit(&mut self) -> &mut NativeUnit {
-        &mut self.unit
+    fn parts(&mut self) -> (&mut NativeUnit, &mut VectorState) {
+        (&mut self.unit, &mut self.state)
     }
 }
 
