@@ -116,9 +116,8 @@ impl Cpu {
 unsafe fn compare_exchange_16(host: *mut u128, expected: u128, new: u128) -> u128 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
-        use std::sync::atomic::Ordering::SeqCst;
         // SAFETY: the feature is there; the pointer is good by the caller's contract.
-        return unsafe { std::arch::x86_64::cmpxchg16b(host, expected, new, SeqCst, SeqCst) };
+        return unsafe { native_16(host, expected, new) };
     }
     // SAFETY: by the caller's contract.
     unsafe {
@@ -128,4 +127,16 @@ unsafe fn compare_exchange_16(host: *mut u128, expected: u128, new: u128) -> u12
         }
         old
     }
+}
+
+/// LOCK CMPXCHG16B itself.
+///
+/// # Safety
+/// The host has the instruction; `host` as for [`compare_exchange_16`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "cmpxchg16b")]
+unsafe fn native_16(host: *mut u128, expected: u128, new: u128) -> u128 {
+    use std::sync::atomic::Ordering::SeqCst;
+    // SAFETY: by the caller's contract.
+    unsafe { std::arch::x86_64::cmpxchg16b(host, expected, new, SeqCst, SeqCst) }
 }
