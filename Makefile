@@ -53,7 +53,7 @@ guests: $(STAMPS)/engine
 	@$(PY) -m nonroot.guests fetch cloud-amd64 686-pae || true
 
 demo: $(STAMPS)/engine
-	@$(PY) scripts/demo.py
+	@$(VENV)/bin/nonroot demo
 
 # The release profile shares everything that the extension's build compiled.
 cargo-test:
