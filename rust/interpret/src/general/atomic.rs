@@ -129,14 +129,28 @@ unsafe fn compare_exchange_16(host: *mut u128, expected: u128, new: u128) -> u12
     }
 }
 
-/// LOCK CMPXCHG16B itself.
+/// LOCK CMPXCHG16B itself. (The intrinsic of the standard library leaves a call
+/// to a function that no library here has.)
 ///
 /// # Safety
 /// The host has the instruction; `host` as for [`compare_exchange_16`].
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "cmpxchg16b")]
 unsafe fn native_16(host: *mut u128, expected: u128, new: u128) -> u128 {
-    use std::sync::atomic::Ordering::SeqCst;
-    // SAFETY: by the caller's contract.
-    unsafe { std::arch::x86_64::cmpxchg16b(host, expected, new, SeqCst, SeqCst) }
+    let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
+    // SAFETY: by the caller's contract; RBX, which the compiler keeps to itself, is
+    // exchanged with a scratch register around the instruction and restored.
+    unsafe {
+        std::arch::asm!(
+            "xchg {new_low}, rbx",
+            "lock cmpxchg16b [{host}]",
+            "mov rbx, {new_low}",
+            new_low = inout(reg) new as u64 => _,
+            host = in(reg) host,
+            inout("rax") low,
+            inout("rdx") high,
+            in("rcx") (new >> 64) as u64,
+            options(nostack),
+        );
+    }
+    u128::from(high) << 64 | u128::from(low)
 }
