@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from nonroot.testing.differential_case import Case, Result, unpack_results
+from nonroot.testing.differential_case import CODE_BASE, DATA_BYTES, XSAVE_BYTES, Case, Result, unpack_results
 
 FSGSBASE = 1
 AVX = 2
@@ -87,3 +87,21 @@ class HostCpu:
         if magic != b"RSLT" or count != len(cases):
             raise RuntimeError("the host runner answered something else than results")
         return unpack_results(self._read(length), cases, template)
+
+
+def host_gdt(host: HostCpu) -> dict[int, int]:
+    """Descriptors of the host's GDT that user code can see with LAR and LSL, by entry; their bases count as zero."""
+    vector = bytearray(XSAVE_BYTES)
+    vector[0:2], vector[24:28], vector[512] = b"\x7f\x03", b"\x80\x1f\0\0", 7
+    code = bytes.fromhex("0f02c8 0f03d0")  # lar ecx, eax; lsl edx, eax
+    cases = []
+    for entry in range(16):
+        gpr = [8 * entry + 3, 0, 0, *[0] * 13]
+        cases.append(Case(code, CODE_BASE, 0x202, gpr, 0, 0, bytes(vector), starts=[CODE_BASE]))
+    found = {}
+    for entry, result in enumerate(host.run(cases, bytes(DATA_BYTES))):
+        rights, limit = result.gpr[1], result.gpr[2]
+        if rights:
+            limit >>= 12 if rights & 1 << 23 else 0
+            found[entry] = limit & 0xFFFF | (rights & 0xF0FF00) << 32 | (limit >> 16 & 15) << 48
+    return found

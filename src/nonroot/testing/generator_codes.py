@@ -131,6 +131,16 @@ def code_name(code: int) -> str:
 
 
 @functools.cache
+def _numbers() -> dict[str, int]:
+    return {name.upper(): code for code, name in _names().items()}
+
+
+def code_number(name: str) -> int:
+    """The code of a name in Rust's or Python's spelling."""
+    return _numbers()[name.upper()]
+
+
+@functools.cache
 def _names() -> dict[int, str]:
     return {int(getattr(Code, name)): name for name in dir(Code) if name.isupper() and name[0] != "_"}
 

@@ -1,0 +1,157 @@
+"""Compares results of two CPUs, and says what differs in words."""
+
+import struct
+
+from nonroot.testing.differential_case import (
+    DATA_BYTES, DATA_REGIONS, LANDING, PAGE, REGISTERS_64, SELECTORS, STATUS_FLAGS, VISIBLE_FLAGS, Case, Result,
+    flag_names,
+)  # fmt: skip
+
+_EXCEPTIONS = {
+    0: "#DE", 1: "#DB", 3: "#BP (end)", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP", 12: "#SS",
+    13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 19: "#XM",
+}  # fmt: skip
+
+#: Bytes of an XSAVE area that are compared: control, status, tags; MXCSR; ST0..7; XMM; YMM high halves. Not compared:
+#: the x87 instruction and operand pointers, which vendors fill differently.
+_COMPARED = [(0, 5), (24, 28), *((32 + 16 * n, 42 + 16 * n) for n in range(8)), (160, 416), (576, 832)]
+_MASK = bytearray(832)
+for _start, _end in _COMPARED:
+    _MASK[_start:_end] = b"\xff" * (_end - _start)
+_MASK_NUMBER = int.from_bytes(_MASK, "little")
+
+
+def same_vector(left: bytes, right: bytes) -> bool:
+    """Whether two XSAVE areas agree where they must."""
+    if left == right:
+        return True
+    return not (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")) & _MASK_NUMBER
+
+
+def undefined_flags(case: Case, rip: int) -> int:
+    """Flags that are undefined where the case ended."""
+    if rip in case.starts:
+        return case.undefined[case.starts.index(rip)]
+    mask = 0
+    for value in case.undefined:
+        mask |= value
+    return mask
+
+
+def executed(case: Case, result: Result) -> int:
+    """Instructions of the sequence that ended or faulted; branches over others count as if they had not been taken."""
+    if result.rip in case.starts:
+        return case.starts.index(result.rip) + (result.vector_number != 3)
+    return len(case.starts) - 1
+
+
+def _quick(left: Result, right: Result) -> bool:
+    return (
+        left.status == right.status
+        and left.vector_number == right.vector_number
+        and left.error == right.error
+        and left.cr2 == right.cr2
+        and left.rip == right.rip
+        and left.gpr == right.gpr
+        and not (left.rflags ^ right.rflags) & VISIBLE_FLAGS
+        and left.fs_base == right.fs_base
+        and left.gs_base == right.gs_base
+        and left.selectors == right.selectors
+        and left.data == right.data
+        and same_vector(left.vector, right.vector)
+    )
+
+
+def differences(case: Case, judge: Result, tested: Result, *, host: bool = True) -> tuple[list[str], int]:
+    """What differs, in words, and the differing flags among the undefined ones.
+
+    ``host``: the judge is a host under Linux, which does not tell whether kernel addresses are mapped.
+    """
+    if _quick(judge, tested):
+        return [], 0
+    found = []
+    undefined = 0
+    if judge.status == "timeout" and tested.status == "timeout":
+        return [], 0
+    if judge.status != tested.status:
+        found.append(f"ended as {judge.status}, not as {tested.status} {tested.reason}")
+    error = judge.error ^ tested.error
+    if host and judge.vector_number == 14 and judge.cr2 >> 47 and judge.cr2 == tested.cr2:
+        error &= ~1
+    if judge.vector_number != tested.vector_number or error:
+        found.append(f"ended by {_exception(judge)}, not by {_exception(tested)}")
+    if judge.cr2 != tested.cr2 and judge.vector_number == tested.vector_number:
+        found.append(f"CR2 is {judge.cr2:#x}, not {tested.cr2:#x}")
+    if judge.rip != tested.rip:
+        found.append(f"RIP is {place(case, judge.rip)}, not {place(case, tested.rip)}")
+    count = 8 if case.compat else 16
+    for name, left, right in zip(REGISTERS_64[:count], judge.gpr, tested.gpr, strict=False):
+        if left != right:
+            found.append(f"{name} is {left:#x}, not {right:#x}")
+    flags = (judge.rflags ^ tested.rflags) & VISIBLE_FLAGS
+    if flags:
+        undefined = flags & undefined_flags(case, judge.rip) & STATUS_FLAGS
+        if flags & ~undefined:
+            found.append(
+                f"flags {flag_names(flags & ~undefined)} differ: {flag_names(judge.rflags)} is right, "
+                f"not {flag_names(tested.rflags)}"
+            )
+    for name in ("fs_base", "gs_base"):
+        if getattr(judge, name) != getattr(tested, name):
+            found.append(f"{name} is {getattr(judge, name):#x}, not {getattr(tested, name):#x}")
+    for name, left, right in zip(SELECTORS, judge.selectors, tested.selectors, strict=True):
+        if left != right:
+            found.append(f"{name} is {left:#x}, not {right:#x}")
+    if judge.data != tested.data:
+        found += _data(judge.data, tested.data)
+    if not same_vector(judge.vector, tested.vector):
+        found += _vector(judge.vector, tested.vector)
+    return found, undefined
+
+
+def _exception(result: Result) -> str:
+    name = _EXCEPTIONS.get(result.vector_number, f"vector {result.vector_number}")
+    if result.vector_number in (8, 10, 11, 12, 13, 14, 17):
+        name += f"({result.error:#x})"
+    return name
+
+
+def place(case: Case, rip: int) -> str:
+    """An instruction pointer, relative to the case's instructions where it is at one."""
+    if rip in case.starts:
+        return f"{rip:#x} (instruction {case.starts.index(rip) + 1})"
+    if rip & -64 == LANDING:
+        return f"{rip:#x} (landing)"
+    return f"{rip:#x}"
+
+
+def _data(left: bytes, right: bytes) -> list[str]:
+    found = []
+    for base, pages in DATA_REGIONS:
+        start = 0
+        for other, count in DATA_REGIONS:
+            if other == base:
+                break
+            start += count * PAGE
+        for offset in range(start, start + pages * PAGE, 16):
+            if left[offset : offset + 16] != right[offset : offset + 16]:
+                address = base + offset - start
+                found.append(f"[{address:#x}] is {left[offset : offset + 16].hex()}, not {right[offset : offset + 16].hex()}")
+    if len(found) > 6:
+        found[6:] = [f"{len(found) - 6} more differences in memory of {DATA_BYTES} bytes"]
+    return found
+
+
+def _vector(left: bytes, right: bytes) -> list[str]:
+    found = []
+    for name, at, form in (("FCW", 0, "<H"), ("FSW", 2, "<H"), ("FTW", 4, "<B"), ("MXCSR", 24, "<I")):
+        (a,), (b,) = struct.unpack_from(form, left, at), struct.unpack_from(form, right, at)
+        if a != b:
+            found.append(f"{name} is {a:#x}, not {b:#x}")
+    for name, count, start, length in (("ST", 8, 32, 10), ("XMM", 16, 160, 16), ("YMM high", 16, 576, 16)):
+        for n in range(count):
+            at = start + 16 * n
+            a_bytes, b_bytes = left[at : at + length], right[at : at + length]
+            if a_bytes != b_bytes:
+                found.append(f"{name}{n} is {a_bytes[::-1].hex()}, not {b_bytes[::-1].hex()}")
+    return found
