@@ -30,8 +30,8 @@ PURE = (
     "nonroot.engines.policy",
     "nonroot.engines.state",
 )
-# The machine wires pure parts to threads and the clock; nothing else in hvm may.
-NOT_PURE = ("nonroot.hvm.machine",)
+# The machine wires pure parts to threads and the clock, and makes its memory; nothing else in hvm may.
+NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.ram")
 
 # From the bottom up: a package imports only packages of its own row and of rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (

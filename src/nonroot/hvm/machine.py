@@ -1,0 +1,412 @@
+"""One virtual machine: its memory, vCPU, devices and their wiring, and the loop that runs it.
+
+The thread that calls :meth:`Machine.run` is the vCPU's thread: devices are touched by it alone. Other threads use the
+methods that say so; those hand over a callable and kick the vCPU. There is one vCPU for now; with more, the devices
+will be behind one lock, taken around the dispatch of an exit.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Final
+
+from nonroot._engine import Memory
+from nonroot.boot.plan import BootPlan, plan_boot
+from nonroot.engines.policy import CpuPolicy
+from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
+from nonroot.errors import BadOptionError
+from nonroot.hvm import board
+from nonroot.hvm.acpi import build_tables
+from nonroot.hvm.acpi_pm import LENGTH as ACPI_PM_LENGTH
+from nonroot.hvm.acpi_pm import AcpiPm
+from nonroot.hvm.agent_port import CAPACITY as AGENT_CAPACITY
+from nonroot.hvm.agent_port import LENGTH as AGENT_LENGTH
+from nonroot.hvm.agent_port import AgentPort
+from nonroot.hvm.bus import Bus
+from nonroot.hvm.clock import MachineClock
+from nonroot.hvm.debug_port import CONSOLE as DEBUG_CONSOLE
+from nonroot.hvm.debug_port import DebugPort
+from nonroot.hvm.device import Device, StateError, TimedDevice
+from nonroot.hvm.dispatch import HANDLERS
+from nonroot.hvm.ioapic import IoApic
+from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
+from nonroot.hvm.memory_map import IOAPIC_BASE, MemoryMap
+from nonroot.hvm.outcome import Outcome, Reason
+from nonroot.hvm.pci import PciHost
+from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, PicPair
+from nonroot.hvm.pit import PORT_B, Pit
+from nonroot.hvm.ram import create_ram
+from nonroot.hvm.reset import I8042, I8042_COMMAND, I8042_DATA, PORT_A, RESET_CONTROL, ResetControl
+from nonroot.hvm.rtc import Rtc, memory_registers
+from nonroot.hvm.streams import InputQueue, OutputBuffer
+from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
+
+__all__ = ["Machine", "MachineConfig", "Outcome", "Outputs", "Reason"]
+
+DOORBELL_UART: Final = 1
+DOORBELL_TIMEOUT_NS: Final = 1000
+"""The doorbell's receiver does not wait for further characters: one byte is all that comes."""
+DOORBELL: Final = b"\x07"
+EVENTS_KEPT: Final = 1024
+"""Different (device, event) pairs that are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """What a machine is made of."""
+
+    memory_bytes: int
+    kernel: bytes
+    """A bzImage, or an ELF with a PVH note."""
+    cmdline: str = ""
+    initrd: bytes | None = None
+    protocol: str = "auto"
+    """``auto``, ``pvh``, ``linux64`` or ``linux32``."""
+    base_wall_ns: int = 0
+    """UTC at power-on, ns since 1970: what the RTC shows."""
+    uarts: int = 2
+    """Serial ports, 1..4."""
+    agent: bool = True
+    """Whether the agent's ports are there."""
+    scramble_seed: int | None = None
+    """Place every guest frame at a random place of the backing."""
+    virtual_time: tuple[int, int] | None = None
+    """Time as a function of retired instructions: (numerator, denominator) ns each. None: real time."""
+    engine_off: frozenset[str] = field(default_factory=frozenset)
+    """Optimisations of the engine to switch off."""
+
+
+def _nobody(*arguments: object) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the guest's output goes. All are called in the vCPU's thread; one that blocks stops the guest."""
+
+    console: Callable[[int, bytes], object] = _nobody
+    """(number of the serial port, bytes)."""
+    agent: Callable[[bytes], object] = _nobody
+    """Bytes of the agent channel."""
+    agent_wants_input: Callable[[], object] = _nobody
+    """The agent has read everything that was sent to it."""
+    debug: Callable[[bytes], object] = _nobody
+    """Bytes of the debug console (port 0xE9)."""
+
+
+class Machine:
+    """A machine that has been powered on and is about to enter its kernel."""
+
+    def __init__(
+        self, config: MachineConfig, engine: Engine, outputs: Outputs | None = None, policy: CpuPolicy | None = None
+    ) -> None:
+        """
+        Build the machine and load its kernel.
+
+        ``policy`` is the guest's CPU (default: all that ``engine`` has). BootError and MemorySizeError for what cannot
+        be booted, BadOptionError and CapabilityError for what the engine cannot do, OutOfMemoryError.
+        """
+        if not 1 <= config.uarts <= len(board.UARTS):
+            raise BadOptionError(f"a machine has 1 to {len(board.UARTS)} serial ports, not {config.uarts}")
+        outputs = outputs or Outputs()
+        self.memory_map = MemoryMap(config.memory_bytes)
+        acpi = build_tables([0], config.uarts, ioapic_id=1)
+        self.plan: BootPlan = plan_boot(
+            config.kernel, self.memory_map, config.cmdline, config.initrd, acpi.rsdp, config.protocol
+        )
+        self.memory: Memory = create_ram(self.memory_map, config.scramble_seed)
+        if policy is None:
+            policy = CpuPolicy.build(engine.cpu_features)
+        options = EngineOptions(virtual_time=config.virtual_time, off=config.engine_off)
+        self.vcpu: Vcpu = engine.create_vcpu(self.memory, policy, 0, options)
+        self.vcpus: tuple[Vcpu, ...] = (self.vcpu,)
+        for address, data in (*acpi.image(), *self.plan.pieces):
+            self.memory.write(address, data)
+        self.clock = MachineClock(self.vcpu.now_ns)
+        self.events: Counter[tuple[str, str]] = Counter()
+        self.exit_counts: dict[type, int] = dict.fromkeys(HANDLERS, 0)
+        self.outcome: Outcome | None = None
+        self._posted: deque[Callable[[], object]] = deque()
+        self._stop_requested = False
+        self._paused = 0
+        self._pause = Condition()
+        self._deadline: int | None = None
+        self._wire(config, outputs)
+        self.vcpu.set_state(self.plan.entry.apply(self.vcpu.state()))
+
+    def _wire(self, config: MachineConfig, outputs: Outputs) -> None:
+        """Create the devices and connect them as :mod:`nonroot.hvm.board` says."""
+        event, clock = self._count_event, self.clock
+        self.pic = PicPair(self.vcpu.set_pic_line, event)
+        self.ioapic = IoApic(InterruptDelivery(self.vcpus), event, identity=1)
+        lines = InterruptRouter(self.pic.set_line, self.ioapic.set_line)
+        self.pit = Pit(clock, lines.isa(board.PIT_IRQ), event)
+        nvram = memory_registers(self.memory_map.low_end, self.memory_map.high_bytes)
+        self.rtc = Rtc(clock, lines.isa(board.RTC_IRQ), config.base_wall_ns, nvram, event)
+        self.acpi_pm = AcpiPm(clock, lines.gsi(SCI), self._power_off, event)
+        self.pci = PciHost(event)
+        self.reset_control = ResetControl(self._reset, event)
+        self.i8042 = I8042(self._reset, event)
+        self._debug_buffer = OutputBuffer(clock, outputs.debug)
+        self.debug_port = DebugPort(self._debug_buffer.put, event)
+        self._buffers = [self._debug_buffer]
+        self.uarts: list[Uart] = []
+        self._uart_input: list[InputQueue] = []
+        for index, (_, line) in enumerate(board.UARTS[: config.uarts]):
+            self._add_uart(index, lines.isa(line), outputs, config.agent)
+        self.agent_port = AgentPort(outputs.agent, self._agent_drained, event)
+        self._agent_input = InputQueue(self.agent_port.receive, AGENT_CAPACITY)
+        self._agent_wants_input = outputs.agent_wants_input
+        self.devices: tuple[Device, ...] = (
+            self.pit,
+            self.rtc,
+            self.acpi_pm,
+            self.pci,
+            self.reset_control,
+            self.i8042,
+            self.debug_port,
+            *self.uarts,
+            self.agent_port,
+            self.pic,
+            self.ioapic,
+        )
+        """In the order in which states are restored: interrupt controllers last, they know their lines' levels."""
+        self._timed: tuple[TimedDevice | OutputBuffer, ...] = (
+            self.pit,
+            self.rtc,
+            self.acpi_pm,
+            *self.uarts,
+            *self._buffers,
+        )
+        self._map_devices(config)
+
+    def _add_uart(self, index: int, irq: Callable[[bool], None], outputs: Outputs, agent: bool) -> None:
+        buffer = OutputBuffer(self.clock, lambda data: outputs.console(index, data))
+        uart = Uart(
+            f"uart{index}",
+            self.clock,
+            irq,
+            buffer.put,
+            self._count_event,
+            lambda: self._uart_input[index].feed(),
+            DOORBELL_TIMEOUT_NS if agent and index == DOORBELL_UART else RX_TIMEOUT_NS,
+        )
+        self._buffers.append(buffer)
+        self.uarts.append(uart)
+        self._uart_input.append(InputQueue(uart.receive, FIFO_SIZE))
+
+    def _map_devices(self, config: MachineConfig) -> None:
+        self.ports = Bus("port", 16, self._count_event)
+        self.mmio = Bus("mmio", 52, self._count_event)
+        ports = self.ports
+        ports.add(board.PIC_MASTER, 2, self.pic)
+        ports.add(board.PIC_SLAVE, 2, self.pic, SLAVE_COMMAND)
+        ports.add(board.ELCR, 2, self.pic, MASTER_ELCR)
+        ports.add(board.PIT, 4, self.pit)
+        ports.add(board.PORT_B, 1, self.pit, PORT_B)
+        ports.add(board.RTC, 2, self.rtc)
+        ports.add(board.POST, 1, self.debug_port)
+        ports.add(board.DEBUG_CONSOLE, 1, self.debug_port, DEBUG_CONSOLE)
+        ports.add(board.I8042_DATA, 1, self.i8042, I8042_DATA)
+        ports.add(board.I8042_COMMAND, 1, self.i8042, I8042_COMMAND)
+        ports.add(board.PORT_A, 1, self.reset_control, PORT_A)
+        ports.add(board.RESET_CONTROL, 1, self.reset_control, RESET_CONTROL)
+        ports.add(board.PCI_CONFIG, 4, self.pci, sizes=(4,))
+        ports.add(board.PCI_CONFIG + 4, 4, self.pci, 4, sizes=(1, 2, 4))
+        ports.add(board.PM1A_EVENT, ACPI_PM_LENGTH, self.acpi_pm, sizes=(1, 2, 4))
+        for (base, _), uart in zip(board.UARTS, self.uarts, strict=False):
+            ports.add(base, 8, uart)
+        if config.agent:
+            ports.add(board.AGENT, AGENT_LENGTH, self.agent_port, sizes=(1, 2, 4))
+        self.mmio.add(IOAPIC_BASE, 0x100, self.ioapic, sizes=(4,))
+
+    # ── for any thread ──
+
+    def post(self, action: Callable[[], object]) -> None:
+        """Have ``action`` called in the vCPU's thread soon, paused or not. It must not raise. Any thread."""
+        self._posted.append(action)
+        with self._pause:
+            self._pause.notify_all()
+        self.vcpu.kick()
+
+    def stop(self) -> None:
+        """Make :meth:`run` return STOPPED soon (or at once, if it is called next). Any thread."""
+        self.post(self._request_stop)
+
+    def pause(self) -> None:
+        """Stop the guest's time and execution until :meth:`resume`; pauses nest. Any thread but the vCPU's."""
+        with self._pause:
+            self._paused += 1
+        self.vcpu.kick()
+
+    def resume(self) -> None:
+        """Undo one :meth:`pause`. Any thread. RuntimeError if there is none."""
+        with self._pause:
+            if self._paused == 0:
+                raise RuntimeError("the machine is not paused")
+            self._paused -= 1
+            self._pause.notify_all()
+
+    def console_input(self, data: bytes, uart: int = 0) -> None:
+        """Bytes for a serial port; they wait until the guest reads. Any thread."""
+        queue = self._uart_input[uart]
+        self.post(lambda: queue.add(data))
+
+    def agent_input(self, data: bytes) -> None:
+        """Bytes for the agent; its doorbell rings. Any thread."""
+        self.post(lambda: self._take_agent_input(data))
+
+    def agent_backlog(self) -> int:
+        """Bytes that the agent has not read yet, those still posted excepted. Any thread."""
+        return len(self._agent_input) + self.agent_port.waiting
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down. Any thread."""
+        self.post(self.acpi_pm.press_power_button)
+
+    # ── the vCPU's thread ──
+
+    def run(self, limit: int | None = None) -> Outcome:
+        """
+        Run until there is an outcome; after STOPPED it can be called again.
+
+        ``limit``: total of retired instructions at which to return STOPPED, exactly.
+        """
+        vcpu, clock, counts, handlers = self.vcpu, self.clock, self.exit_counts, HANDLERS
+        run = vcpu.run
+        self.outcome = None
+        self._attend()
+        while self.outcome is None:
+            if clock.dirty:
+                self._plan_deadline()
+            exit_ = run(self._deadline, limit)
+            kind = type(exit_)
+            handler = handlers.get(kind)
+            if handler is None:
+                self.outcome = Outcome(Reason.FAILURE, f"the engine made an unknown exit: {exit_!r}")
+                break
+            counts[kind] += 1
+            outcome = handler(exit_, self, vcpu)
+            if outcome is not None:
+                self.outcome = outcome
+            elif limit is not None and vcpu.retired() >= limit:
+                self.outcome = Outcome(Reason.STOPPED, "the limit of instructions was reached")
+        outcome = self.outcome
+        assert outcome is not None
+        for buffer in self._buffers:
+            buffer.flush()
+        return outcome
+
+    def idle(self, vcpu: Vcpu) -> None:
+        """The vCPU has halted: sleep until it has something to do. In virtual time nothing sleeps, time moves on."""
+        for buffer in self._buffers:
+            buffer.flush()
+        while True:
+            if self.clock.dirty:
+                self._plan_deadline()
+            if vcpu.wait(self._deadline):
+                return
+            self._advance()
+            if self._posted or self._paused or self.outcome is not None:
+                return
+
+    def interrupted(self, vcpu: Vcpu) -> None:
+        """A deadline was reached, or there is something from another thread."""
+        self._advance()
+        self._attend()
+
+    def _attend(self) -> None:
+        """Do what other threads have asked for."""
+        posted = self._posted
+        while posted:
+            posted.popleft()()
+        if self._paused:
+            self._stay_paused()
+        if self._stop_requested:
+            self._stop_requested = False
+            self.outcome = Outcome(Reason.STOPPED)
+
+    def _stay_paused(self) -> None:
+        """Until the last resume, or a stop: the guest's time stands still."""
+        now = self.vcpu.now_ns()
+        for buffer in self._buffers:
+            buffer.flush()
+        while not self._stop_requested:
+            with self._pause:
+                if not self._posted and self._paused:
+                    self._pause.wait()
+                if not self._posted and not self._paused:
+                    break
+            while self._posted:
+                self._posted.popleft()()
+        self.vcpu.set_now_ns(now)
+        self.clock.rearm()
+
+    def _advance(self) -> None:
+        """Let due events of the devices happen."""
+        now = self.vcpu.now_ns()
+        deadline = self._deadline
+        if deadline is not None and deadline <= now:
+            for device in self._timed:
+                device.advance(now)
+            self.clock.dirty = True
+
+    def _plan_deadline(self) -> None:
+        self.clock.dirty = False
+        deadline: int | None = None
+        for device in self._timed:
+            candidate = device.deadline()
+            if candidate is not None and (deadline is None or candidate < deadline):
+                deadline = candidate
+        self._deadline = deadline
+
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+
+    def _power_off(self) -> None:
+        self.outcome = Outcome(Reason.POWER_OFF)
+
+    def _reset(self) -> None:
+        self.outcome = Outcome(Reason.RESET)
+
+    def _take_agent_input(self, data: bytes) -> None:
+        self._agent_input.add(data)
+        self._ring()
+
+    def _agent_drained(self) -> None:
+        if len(self._agent_input):
+            self._agent_input.feed()
+            self._ring()
+        else:
+            self._agent_wants_input()
+
+    def _ring(self) -> None:
+        """One byte on the doorbell, unless one is waiting there already."""
+        if len(self.uarts) > DOORBELL_UART and not len(self._uart_input[DOORBELL_UART]):
+            self._uart_input[DOORBELL_UART].add(DOORBELL)
+
+    def _count_event(self, device: str, event: str, detail: int) -> None:
+        key = (device, event)
+        if key in self.events or len(self.events) < EVENTS_KEPT:
+            self.events[key] += 1
+
+    # ── records ──
+
+    def device_states(self) -> dict[str, bytes]:
+        """The record of every device, by name; between runs."""
+        return {device.name: device.state().pack() for device in self.devices}
+
+    def restore_device_states(self, records: Mapping[str, bytes]) -> None:
+        """Check all records, then apply them. StateError (nothing changed) for a hostile, missing or unknown one."""
+        if set(records) != {device.name for device in self.devices}:
+            raise StateError("the records are not those of this machine's devices")
+        parsed = [(device, type(device.state()).unpack(records[device.name])) for device in self.devices]
+        for device, state in parsed:
+            device.from_state(state)
+
+    def statistics(self) -> dict[str, int]:
+        """Exits by kind (``exit.PortIo`` …) and device events (``event.uart0.unknown-register`` …)."""
+        result = {f"exit.{kind.__name__}": count for kind, count in self.exit_counts.items() if count}
+        result |= {f"event.{device}.{event}": count for (device, event), count in self.events.items()}
+        return result

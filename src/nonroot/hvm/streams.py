@@ -1,0 +1,82 @@
+"""Byte streams between devices and the rest of the process: output in pieces, input held until it is wanted."""
+
+from collections.abc import Callable
+from typing import Final
+
+from nonroot.hvm.device import Clock
+
+__all__ = ["InputQueue", "OutputBuffer"]
+
+FLUSH_SIZE: Final = 4096
+FLUSH_NS: Final = 5_000_000
+"""Output waits at most this long (machine time) for the rest of its line."""
+NEWLINE: Final = 0x0A
+
+
+class OutputBuffer:
+    """A sink that passes bytes on in pieces: at a line's end, when there are many, at a halt, or after 5 ms."""
+
+    def __init__(self, clock: Clock, consumer: Callable[[bytes], object]) -> None:
+        self._clock = clock
+        self._consumer = consumer
+        self._data = bytearray()
+        self._since = 0
+
+    def put(self, byte: int) -> None:
+        """One byte (0..255)."""
+        data = self._data
+        if not data:
+            self._since = self._clock.now_ns()
+            self._clock.rearm()
+        data.append(byte)
+        if byte == NEWLINE or len(data) >= FLUSH_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on what there is."""
+        if self._data:
+            data = bytes(self._data)
+            self._data.clear()
+            self._consumer(data)
+
+    def deadline(self) -> int | None:
+        """When :meth:`advance` will flush (machine time, ns)."""
+        return self._since + FLUSH_NS if self._data else None
+
+    def advance(self, now_ns: int) -> None:
+        """Flush what has waited long enough."""
+        if self._data and now_ns >= self._since + FLUSH_NS:
+            self.flush()
+
+
+class InputQueue:
+    """Bytes on their way into a device that takes them in small amounts, in its own time."""
+
+    def __init__(self, receive: Callable[[bytes], int], piece: int) -> None:
+        """``receive`` takes some of the bytes and says how many; it is offered at most ``piece`` at once."""
+        self._receive = receive
+        self._piece = piece
+        self._waiting = bytearray()
+        self._feeding = False
+
+    def add(self, data: bytes) -> None:
+        """More bytes; as many as possible go to the device now."""
+        self._waiting += data
+        self.feed()
+
+    def feed(self) -> None:
+        """Offer bytes to the device until it refuses. Devices call this when they have become empty."""
+        if self._feeding:
+            return
+        self._feeding = True
+        try:
+            while self._waiting:
+                accepted = self._receive(bytes(self._waiting[: self._piece]))
+                if accepted <= 0:
+                    return
+                del self._waiting[:accepted]
+        finally:
+            self._feeding = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
