@@ -29,12 +29,14 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 const ALIGNMENT: usize = 32;
+const PAGE: usize = 4096;
 const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 const READ_EXECUTE: libc::c_int = libc::PROT_READ | libc::PROT_EXEC;
 
 impl Arena {
-    /// Reserves `size` bytes, a multiple of the page size.
+    /// Reserves at least `size` bytes.
     pub(crate) fn new(size: usize) -> Result<Arena, &'static str> {
+        let size = size.max(1).next_multiple_of(PAGE);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a new anonymous mapping touches nothing that exists.
         let region = unsafe { libc::mmap(std::ptr::null_mut(), size, READ_WRITE, flags, -1, 0) };

@@ -28,14 +28,12 @@ use iced_x86::{
 use std::collections::HashMap;
 use std::mem::offset_of;
 
-/// Bytes of code before everything is thrown away: some ten thousand thunks.
-const CAPACITY: usize = 1 << 20;
-
 type Entry = unsafe extern "sysv64" fn(*mut VectorState, *mut ThunkContext) -> u32;
 
 /// All thunks of a unit.
 pub(crate) struct Thunks {
     arena: Option<Arena>,
+    capacity: usize,
     known: HashMap<Vec<u8>, u32>,
     generation: u32,
 }
@@ -62,8 +60,9 @@ impl Thunks {
     /// Whether thunks exist in this build.
     pub(crate) const AVAILABLE: bool = true;
 
-    pub(crate) fn new() -> Self {
-        Thunks { arena: None, known: HashMap::new(), generation: crate::arena::next_generation() }
+    /// No thunks yet, and room for `capacity` bytes of them.
+    pub(crate) fn new(capacity: usize) -> Self {
+        Thunks { arena: None, capacity, known: HashMap::new(), generation: crate::arena::next_generation() }
     }
 
     #[inline]
@@ -115,7 +114,7 @@ impl Thunks {
     fn install(&mut self, code: &[u8]) -> Result<u32, Unsupported> {
         let arena = match &mut self.arena {
             Some(arena) => arena,
-            none => none.insert(Arena::new(CAPACITY).map_err(Unsupported::Host)?),
+            none => none.insert(Arena::new(self.capacity).map_err(Unsupported::Host)?),
         };
         if let Some(entry) = arena.push(code).map_err(Unsupported::Host)? {
             return Ok(entry);

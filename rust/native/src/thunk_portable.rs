@@ -13,7 +13,7 @@ impl Thunks {
     /// Whether thunks exist in this build.
     pub(crate) const AVAILABLE: bool = false;
 
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(_capacity: usize) -> Self {
         Thunks
     }
 

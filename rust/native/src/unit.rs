@@ -7,6 +7,9 @@ use crate::state::{fx, VectorState, FCW_INIT, MXCSR_INIT};
 use crate::thunk::Thunks;
 use iced_x86::{Instruction, OpKind};
 
+/// Bytes of generated code before everything is thrown away: some ten thousand thunks.
+const DEFAULT_CAPACITY: usize = 1 << 20;
+
 /// What a thunk works on besides the register file. Its layout is known to the generated code.
 #[repr(C, align(64))]
 #[derive(Clone, Debug)]
@@ -112,7 +115,14 @@ impl NativeUnit {
         // Without native code nothing depends on the host, and what has a portable plan works.
         let host = if Thunks::AVAILABLE { HostFeatures::of_host() } else { HostFeatures::ALL };
         let features = features.intersection(host);
-        NativeUnit { features, thunks: Thunks::new(), context: Box::new(ThunkContext::new()) }
+        let thunks = Thunks::new(DEFAULT_CAPACITY);
+        NativeUnit { features, thunks, context: Box::new(ThunkContext::new()) }
+    }
+
+    /// The same unit with another bound on its generated code, in bytes
+    /// (rounded up to whole pages); what was compiled before becomes stale.
+    pub fn with_code_capacity(self, bytes: usize) -> Self {
+        NativeUnit { thunks: Thunks::new(bytes), ..self }
     }
 
     /// What this unit executes.

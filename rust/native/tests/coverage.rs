@@ -1,6 +1,8 @@
 //! Every instruction that iced knows for these extensions has a plan, or is
 //! named here as one that has none.
 
+#![cfg(all(target_arch = "x86_64", unix, not(feature = "portable")))]
+
 mod common;
 
 use common::{instruction, operand_size, Operands};

@@ -9,10 +9,11 @@ mod common;
 use common::reference::{Host, HostState};
 use common::{instruction, Operands, Random, Refused, TestCpu};
 use iced_x86::Mnemonic::{Dppd, Dpps, Vdppd, Vdpps};
-use iced_x86::{Code, EncodingKind, Instruction};
+use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction};
 use nonroot_native::state::{fsw, fx};
 use nonroot_native::{
-    execute, uses_mxcsr, Class, HostFeatures, MemAccess, Plan, Stop, Trap, VectorState, X87Control,
+    execute, uses_mxcsr, Class, HostFeatures, MemAccess, NativeUnit, Plan, Stop, Trap, VectorState,
+    X87Control,
 };
 
 const ROUNDS: usize = 6;
@@ -324,4 +325,196 @@ fn pending_x87_exceptions_stop_the_next_waiting_instruction() {
     assert_eq!(cpu.gpr[0] as u16, before.fsw());
     cpu.run(&make(Code::Fnclex), 0).expect("does not wait");
     cpu.run(&make(Code::Fld1), 0).expect("nothing is pending");
+}
+
+#[test]
+fn x87_pointers_follow_the_last_instruction() {
+    let mut cpu = TestCpu::new();
+    let make = |bytes: &[u8]| Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+    cpu.put(common::ADDRESS, &1.5f64.to_le_bytes());
+    cpu.rip = 0x1000;
+    cpu.run(&make(&[0xdd, 0x43, 0x10]), common::ADDRESS).expect("memory is there"); // fld qword [rbx+16]
+    assert_eq!((cpu.state.fx64(fx::FIP), cpu.state.fx64(fx::FDP)), (0x1000, common::ADDRESS));
+    cpu.rip = 0x2000;
+    cpu.run(&make(&[0xd9, 0xe1]), 0).expect("no exception"); // fabs
+    assert_eq!((cpu.state.fx64(fx::FIP), cpu.state.fx64(fx::FDP)), (0x2000, common::ADDRESS));
+    // Neither control instructions nor MMX leave a trace.
+    cpu.rip = 0x3000;
+    cpu.run(&make(&[0xdf, 0xe0]), 0).expect("no exception"); // fnstsw ax
+    cpu.run(&make(&[0x0f, 0xef, 0xc1]), 0).expect("no exception"); // pxor mm0, mm1
+    cpu.run(&make(&[0x0f, 0x77]), 0).expect("no exception"); // emms
+    assert_eq!(cpu.state.fx64(fx::FIP), 0x2000);
+    assert_eq!(cpu.state.fx16(fx::FOP), 0);
+    // An unmasked exception leaves the opcode, as the guest wrote it.
+    cpu.state.set_fx16(fx::FCW, 0x037e);
+    cpu.run(&make(&[0xd8, 0x43, 0x10]), common::ADDRESS).expect("faults later"); // fadd dword [rbx+16]
+    assert_eq!(cpu.state.fx16(fx::FOP), 0x043);
+    assert!(cpu.state.x87_pending());
+}
+
+#[test]
+fn unmasked_exceptions_keep_x87_stores_from_memory() {
+    let mut cpu = TestCpu::new();
+    let make = |bytes: &[u8]| Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+    let fstp = make(&[0xd9, 0x18]); // fstp dword [rax]
+    let big = [0, 0, 0, 0, 0, 0, 0, 0x80, 0x00, 0x60];
+    let third = [0xab, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xaa, 0xfd, 0x3f];
+    // Value, control word, whether memory is written and the stack popped.
+    let cases = [(big, 0x037f, true), (big, 0x0377, false), (third, 0x037f, true), (third, 0x035f, true)];
+    for (value, control, done) in cases {
+        cpu.state = VectorState::default();
+        cpu.state.set_fx16(fx::FCW, control);
+        cpu.state.fx[fx::FTW] = 1;
+        cpu.state.fx[fx::ST..fx::ST + 10].copy_from_slice(&value);
+        cpu.put(common::ADDRESS, &[0xcc; 4]);
+        cpu.run(&fstp, common::ADDRESS).expect("faults later");
+        assert_eq!(cpu.get(common::ADDRESS, 4) != [0xcc; 4], done, "{control:#x}");
+        assert_eq!(cpu.state.fx[fx::FTW] == 0, done, "{control:#x}");
+        assert_eq!(cpu.state.x87_pending(), control != 0x037f);
+    }
+}
+
+#[test]
+fn gathers_do_what_the_host_does() {
+    let mut host = Host::new();
+    let mut random = Random::new(5);
+    let mut cpu = TestCpu::new();
+    let gathers: Vec<Code> = Code::values()
+        .filter(|c| format!("{c:?}").starts_with("VEX_V") && format!("{c:?}").contains("gather"))
+        .collect();
+    assert_eq!(gathers.len(), 16);
+    for code in gathers {
+        let operands = Operands { registers: [9, 12, 15, 0, 0], memory: true, immediate: 0 };
+        let made = instruction(code, operands, 64).expect("encodable");
+        let compiled = cpu.compile(&made);
+        host.prepare(&made);
+        for _ in 0..50 {
+            cpu.randomise(&mut random);
+            cpu.state.fx = VectorState::default().fx;
+            let address = host.buffer(256);
+            let mut data = [0; 256];
+            random.fill(&mut data);
+            cpu.memory.clear();
+            cpu.put(address, &data);
+            host.write(address, &data);
+            cpu.gpr[3] = address;
+            let wide = format!("{code:?}").contains("vm64");
+            for lane in cpu.state.ymm[12].chunks_exact_mut(if wide { 8 } else { 4 }) {
+                lane.fill(0);
+                lane[0] = random.below(248) as u8;
+            }
+            let mut expected = host_state(&cpu);
+            assert_eq!(host.run(&mut expected), None);
+            assert_eq!(execute(&mut cpu, &compiled, 0), Ok(()), "{made}");
+            assert_same(&cpu, &host, &expected, address, &made.to_string());
+        }
+    }
+}
+
+/// XSAVE and its kin against the host's, image and registers.
+#[test]
+fn state_instructions_do_what_the_host_does() {
+    let mut host = Host::new();
+    let mut random = Random::new(6);
+    let mut cpu = TestCpu::new();
+    let operands = Operands { registers: [0; 5], memory: true, immediate: 0 };
+    let pairs = [
+        (Code::Fxsave64_m512byte, Code::Fxrstor64_m512byte),
+        (Code::Fxsave_m512byte, Code::Fxrstor_m512byte),
+        (Code::Xsave64_mem, Code::Xrstor64_mem),
+        (Code::Xsave_mem, Code::Xrstor_mem),
+        (Code::Xsavec64_mem, Code::Xrstor64_mem),
+    ];
+    for (save, restore) in pairs {
+        let save = instruction(save, operands, 64).expect("encodable");
+        let restore = instruction(restore, operands, 64).expect("encodable");
+        for round in 0..100u64 {
+            let what = format!("{save}, round {round}");
+            cpu.randomise(&mut random);
+            random_x87(&mut cpu.state, &mut random, false);
+            cpu.state.mxcsr = 0x1f80 | random.next() as u32 & 0xe07f;
+            // Pointers must be canonical to be kept by every processor.
+            cpu.state.set_fx64(fx::FIP, random.next() >> 20);
+            cpu.state.set_fx64(fx::FDP, random.next() >> 20);
+            let address = host.buffer(896);
+            let mut area = [0u8; 832];
+            area[24..26].copy_from_slice(&0x1f80u16.to_le_bytes());
+            cpu.memory.clear();
+            cpu.put(address, &area);
+            host.write(address, &area);
+            cpu.gpr[3] = address;
+            (cpu.gpr[0], cpu.gpr[2]) = (round & 7, 0);
+            let mut expected = host_state(&cpu);
+            host.prepare(&save);
+            assert_eq!(host.run(&mut expected), None);
+            assert_eq!(cpu.run(&save, address), Ok(()), "{what}");
+            // Not compared: the opcode and the pointers, which AMD's processors keep only with a pending
+            // exception, and the MXCSR mask, which is the host's own.
+            for (at, size) in [(6, 18), (28, 4)] {
+                host.write(address + at, &cpu.get(address + at, size));
+            }
+            assert_same(&cpu, &host, &expected, address, &what);
+            // Other state, then back; with other components asked for.
+            let image = cpu.get(address, 832);
+            cpu.randomise(&mut random);
+            random_x87(&mut cpu.state, &mut random, false);
+            host.write(address, &image);
+            cpu.gpr[3] = address;
+            (cpu.gpr[0], cpu.gpr[2]) = (random.below(8), 0);
+            let mut expected = host_state(&cpu);
+            host.prepare(&restore);
+            assert_eq!(host.run(&mut expected), None);
+            assert_eq!(cpu.run(&restore, address), Ok(()), "{what}");
+            assert_same(&cpu, &host, &expected, address, &format!("{what}, back"));
+        }
+    }
+}
+
+#[test]
+fn thunks_are_shared_and_their_memory_is_bounded() {
+    let mut cpu = TestCpu::new();
+    cpu.unit = NativeUnit::new().with_code_capacity(1 << 16);
+    let make = |bytes: &[u8]| Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+    // Different addresses and general registers have the same thunk.
+    let first = cpu.compile(&make(&[0x66, 0x0f, 0xfc, 0x0b])); // paddb xmm1, [rbx]
+    let second = cpu.compile(&make(&[0x65, 0x66, 0x0f, 0xfc, 0x4c, 0x24, 0x20])); // paddb xmm1, gs:[rsp+32]
+    assert_eq!(first, second);
+    cpu.compile(&make(&[0x66, 0x0f, 0xd7, 0xc1])); // pmovmskb eax, xmm1
+    cpu.compile(&make(&[0x66, 0x0f, 0xd7, 0xf9])); // pmovmskb edi, xmm1
+    assert_eq!(cpu.unit.usage().0, 2);
+    let generation = cpu.unit.generation();
+    let mut largest = 0;
+    'fill: for n in 0..=0xffffu32 {
+        // pshufd, pshuflw, pshufhw with all registers and immediates
+        for prefix in [0x66, 0xf2, 0xf3] {
+            cpu.compile(&make(&[prefix, 0x0f, 0x70, 0xc0 | (n >> 8) as u8, n as u8]));
+            largest = largest.max(cpu.unit.usage().1);
+            assert!(largest <= 1 << 16);
+            if cpu.unit.generation() != generation {
+                break 'fill;
+            }
+        }
+    }
+    assert!(largest > 1 << 15, "only {largest} bytes");
+    assert_ne!(cpu.unit.generation(), generation);
+    let before = cpu.state.clone();
+    assert_eq!(execute(&mut cpu, &first, 0), Err(Stop::Stale));
+    assert!(cpu.state == before);
+    // An instruction of another unit is stale here too.
+    let other = TestCpu::new().compile(&make(&[0x66, 0x0f, 0xfc, 0xca]));
+    assert_eq!(execute(&mut cpu, &other, 0), Err(Stop::Stale));
+    let again = cpu.compile(&make(&[0x66, 0x0f, 0xfc, 0xca])); // paddb xmm1, xmm2
+    cpu.state.ymm[1] = [1; 32];
+    cpu.state.ymm[2] = [2; 32];
+    execute(&mut cpu, &again, 0).expect("it is current");
+    assert_eq!(cpu.state.ymm[1][..16], [3; 16]);
+    assert_eq!(cpu.state.ymm[1][16..], [1; 16]);
+}
+
+#[test]
+fn wait_compiles() {
+    let mut cpu = TestCpu::new();
+    let wait = Decoder::with_ip(64, &[0x9b], 0, DecoderOptions::NONE).decode();
+    let compiled = cpu.compile(&wait);
+    assert_eq!((compiled.class, compiled.plan), (Class::Wait, Plan::X87Control(X87Control::Wait)));
 }

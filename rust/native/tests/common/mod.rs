@@ -1,6 +1,7 @@
 //! A vCPU reduced to what the unit needs, and instructions made from iced's codes.
 #![allow(dead_code)]
 
+#[cfg(all(target_arch = "x86_64", unix, not(feature = "portable")))]
 pub mod reference;
 
 use iced_x86::{
