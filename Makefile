@@ -89,7 +89,7 @@ check: $(STAMPS)/dev
 	@echo "check: all clean"
 
 wheel: $(STAMPS)/runtime
-	$(VENV)/bin/maturin build --release --locked --out dist
+	$(VENV)/bin/maturin build --release --locked --strip --out dist
 
 clean:
 	rm -rf $(VENV) $(STAMPS) build dist rust/target src/nonroot/_engine*.so

@@ -20,6 +20,7 @@ const FREESTANDING: &[&str] = &[
     "-no-pie",
     "-nostdlib",
     "-static",
+    "-s",
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
     "-fno-unwind-tables",
@@ -33,6 +34,7 @@ const FREESTANDING: &[&str] = &[
 fn main() {
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let guest = manifest.join("../../guest");
+    let guest = guest.canonicalize().unwrap_or(guest);
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     println!("cargo:rerun-if-changed={}", guest.display());
     println!("cargo:rerun-if-env-changed=CC");
@@ -77,7 +79,10 @@ fn compile(sources: &[PathBuf], flags: &[&str], output: &Path) -> Result<(), Str
         .map_err(|error| format!("{} cannot be run: {error}", compiler.to_string_lossy()))?;
     let messages = String::from_utf8_lossy(&result.stderr);
     if !result.status.success() {
-        return Err(format!("the C compiler refused it: {}", messages.lines().next().unwrap_or("no reason given")));
+        return Err(format!(
+            "the C compiler refused it: {}",
+            messages.lines().next().unwrap_or("no reason given")
+        ));
     }
     for line in messages.lines() {
         println!("cargo:warning={line}");
