@@ -110,6 +110,7 @@ impl Cpu {
         }
         self.retired += u64::from(b.count) + self.rep_iterations;
         self.rep_iterations = 0;
+        self.retired_in_block = 0;
         Ended::Complete
     }
 
@@ -216,7 +217,6 @@ impl Cpu {
             return Some(Exit::Interrupted);
         }
         self.rep_budget = self.rep_budget.min(limit - self.retired).max(1);
-        self.pending_db = 0;
         let retired = self.retired;
         // SAFETY: blocks live until the cache is flushed, which only find_single does.
         let b = unsafe { &*block };
