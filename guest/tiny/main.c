@@ -2,18 +2,10 @@
  * The built-in guest, part 2: says what machine it finds, checks that machine, and powers it off through ACPI.
  *
  * Words on its command line:  status=N  end with exit status N instead of the self-check's result;  idle  sleep for ever
- * instead of powering off;  echo  send console input back until Ctrl-D;  crash  end in a triple fault;  quiet  only the
- * last two lines.
+ * instead of powering off;  echo  send console input back until Ctrl-D;  crash  end in a triple fault;  garbage=N  write
+ * random values (N is the seed) to every port and to device memory;  quiet  only the last two lines.
  */
-#include "hardware.h"
-
-struct start_info { /* Xen's hvm_start_info, version 1 */
-    u32 magic, version, flags, nr_modules;
-    u64 modlist, cmdline, rsdp, memmap;
-    u32 memmap_entries, reserved;
-};
-
-struct memmap_entry { u64 base, size; u32 type, reserved; };
+#include "tiny.h"
 
 struct trap_frame {
     u64 r15, r14, r13, r12, r11, r10, r9, r8, rdi, rsi, rbp, rbx, rdx, rcx, rax;
@@ -24,7 +16,6 @@ struct gate { u16 offset_low, selector; u8 ist, type; u16 offset_middle; u32 off
 
 struct __attribute__((packed)) tss { u32 reserved0; u64 rsp[3]; u64 reserved1; u64 ist[7]; u64 reserved2; u16 reserved3, iomap; };
 
-#define START_INFO_MAGIC 0x336ec578u
 #define TIMER_HZ 1000
 #define PIT_HZ 1193182
 #define WINDOW 0x200000000ull /* a virtual address the identity map leaves free: 8 GiB */
@@ -36,7 +27,6 @@ enum { VECTOR_BP = 3, VECTOR_UD = 6, VECTOR_GP = 13, VECTOR_PF = 14, VECTOR_PIT 
 extern u64 gdt[], page_pdpt[], user_return_rsp;
 extern char vector_stubs[], user_code[], user_code_end[], leave_user[];
 u64 enter_user(u64 rip, u64 rsp);
-void tiny_main(const struct start_info *info);
 void tiny_trap(struct trap_frame *frame);
 
 static struct gate idt[256];
@@ -52,79 +42,10 @@ static volatile u32 *apic;
 static volatile u64 pit_ticks, apic_ticks, user_faults;
 static volatile u64 fault_resume; /* where an expected fault continues; 0: no fault is expected */
 static volatile u64 fault_vector, fault_error, fault_address;
-static int quiet, failures;
+int quiet;
+static int failures;
 
-/* --- text ------------------------------------------------------------------------------------------------------- */
-
-static void put_char(char c)
-{
-    if (c == '\n')
-        put_char('\r');
-    while (!(in8(COM1 + UART_LSR) & LSR_THR_EMPTY))
-        ;
-    out8(COM1 + UART_DATA, (u8)c);
-}
-
-static void put(const char *s)
-{
-    while (*s)
-        put_char(*s++);
-}
-
-static void put_number(u64 value, unsigned base, int width)
-{
-    char digits[24];
-    int n = 0;
-    do
-        digits[n++] = "0123456789abcdef"[value % base];
-    while ((value /= base) || n < width);
-    while (n)
-        put_char(digits[--n]);
-}
-
-static void put_decimal(u64 value) { put_number(value, 10, 0); }
-static void put_hex(u64 value, int width) { put("0x"); put_number(value, 16, width); }
-
-static size_t length(const char *s) { size_t n = 0; while (s[n]) n++; return n; }
-
-static int same(const char *a, const char *b, size_t n)
-{
-    while (n && *a == *b)
-        a++, b++, n--;
-    return !n;
-}
-
-/* The text after `word` (which ends in '=' or stands alone) on the command line; NULL if it is not there. */
-static const char *option(const char *line, const char *word)
-{
-    size_t n = length(word);
-    while (line && *line) {
-        if (same(line, word, n) && (word[n - 1] == '=' || line[n] == ' ' || !line[n]))
-            return line + n;
-        while (*line && *line != ' ')
-            line++;
-        while (*line == ' ')
-            line++;
-    }
-    return NULL;
-}
-
-/* The compiler may call these two. */
-void *memset(void *to, int byte, size_t n)
-{
-    void *start = to;
-    __asm__ volatile("rep stosb" : "+D"(to), "+c"(n) : "a"(byte) : "memory");
-    return start;
-}
-
-void *memcpy(void *to, const void *from, size_t n)
-{
-    void *start = to;
-    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
-    return start;
-}
-
-/* --- traps ------------------------------------------------------------------------------------------------------ */
+/* --- traps ----------------------------------------------------------------------------------------------------------- */
 
 void tiny_trap(struct trap_frame *frame)
 {
@@ -218,158 +139,7 @@ static void set_up_interrupts(void)
     out8(PIT_CHANNEL0, (PIT_HZ / TIMER_HZ) >> 8);
 }
 
-/* --- what the machine is ----------------------------------------------------------------------------------------- */
-
-static void show_cpu(void)
-{
-    u32 r[4], text[13];
-    char vendor[13] = { 0 };
-    cpuid(0, 0, r);
-    u32 last = r[0];
-    memcpy(vendor, &r[1], 4);
-    memcpy(vendor + 4, &r[3], 4);
-    memcpy(vendor + 8, &r[2], 4);
-    put("cpu      ");
-    put(vendor);
-    cpuid(0x80000000, 0, r);
-    if (r[0] >= 0x80000004) {
-        for (u32 i = 0; i < 3; i++)
-            cpuid(0x80000002 + i, 0, text + 4 * i);
-        text[12] = 0;
-        put(", ");
-        put((char *)text);
-    }
-    cpuid(1, 0, r);
-    u32 family = (r[0] >> 8 & 15) + (r[0] >> 20 & 255), model = (r[0] >> 4 & 15) | (r[0] >> 12 & 0xf0);
-    put(", family ");
-    put_decimal(family);
-    put(", model ");
-    put_decimal(model);
-    put("\nfeatures");
-    static const struct { u32 leaf; u8 reg, bit; const char *name; } features[] = {
-        { 1, 3, 0, "fpu" }, { 1, 3, 6, "pae" }, { 1, 3, 9, "apic" }, { 1, 3, 23, "mmx" }, { 1, 3, 25, "sse" },
-        { 1, 3, 26, "sse2" }, { 1, 2, 0, "sse3" }, { 1, 2, 9, "ssse3" }, { 1, 2, 19, "sse4.1" }, { 1, 2, 20, "sse4.2" },
-        { 1, 2, 1, "pclmul" }, { 1, 2, 25, "aes" }, { 1, 2, 26, "xsave" }, { 1, 2, 28, "avx" }, { 7, 1, 5, "avx2" },
-        { 1, 2, 23, "popcnt" }, { 1, 2, 22, "movbe" }, { 7, 1, 3, "bmi1" }, { 7, 1, 8, "bmi2" }, { 7, 1, 19, "adx" },
-        { 1, 2, 17, "pcid" }, { 7, 1, 10, "invpcid" }, { 7, 1, 0, "fsgsbase" }, { 7, 1, 7, "smep" }, { 7, 1, 20, "smap" },
-        { 7, 2, 2, "umip" }, { 1, 2, 21, "x2apic" }, { 1, 2, 24, "tsc-deadline" }, { 0x80000001, 3, 20, "nx" },
-        { 0x80000001, 3, 26, "1gib-pages" }, { 0x80000001, 3, 27, "rdtscp" }, { 0x80000001, 3, 29, "lm" },
-    };
-    for (size_t i = 0; i < sizeof features / sizeof *features; i++) {
-        if (features[i].leaf == 7 && last < 7)
-            continue;
-        cpuid(features[i].leaf, 0, r);
-        if (r[features[i].reg] >> features[i].bit & 1) {
-            put(" ");
-            put(features[i].name);
-        }
-    }
-    put("\n");
-    cpuid(1, 0, r);
-    if (r[2] >> 31) {
-        cpuid(0x40000000, 0, r);
-        memcpy(vendor, &r[1], 12);
-        put("hypervisor ");
-        put(vendor);
-        put("\n");
-    }
-    if (last >= 0x15) {
-        cpuid(0x15, 0, r);
-        if (r[0] && r[1] && r[2]) {
-            put("tsc      ");
-            put_decimal((u64)r[2] * r[1] / r[0] / 1000);
-            put(" kHz\n");
-        }
-    }
-}
-
-static u64 show_memory(const struct start_info *info)
-{
-    static const char *const kinds[] = { "?", "RAM", "reserved", "ACPI", "ACPI NVS", "unusable" };
-    const struct memmap_entry *map = (const struct memmap_entry *)info->memmap;
-    u64 ram = 0;
-    for (u32 i = 0; info->version >= 1 && i < info->memmap_entries && i < 128; i++) {
-        put("memory   ");
-        put_hex(map[i].base, 9);
-        put("-");
-        put_hex(map[i].base + map[i].size - 1, 9);
-        put(" ");
-        put(kinds[map[i].type < 6 ? map[i].type : 0]);
-        put("\n");
-        if (map[i].type == 1)
-            ram += map[i].size;
-    }
-    put("memory   ");
-    put_decimal(ram >> 20);
-    put(" MiB of RAM\n");
-    return ram;
-}
-
-/* --- ACPI: enough to power off ------------------------------------------------------------------------------------ */
-
-static u16 pm1a_control;
-static u8 s5_type;
-
-static int sum_is_zero(const u8 *table, u32 size)
-{
-    u8 sum = 0;
-    while (size--)
-        sum = (u8)(sum + *table++);
-    return !sum;
-}
-
-static u32 read32(const u8 *p) { u32 v; memcpy(&v, p, 4); return v; }
-static u64 read64(const u8 *p) { u64 v; memcpy(&v, p, 8); return v; }
-
-/* \_S5 in a DSDT: NameOp '_S5_' PackageOp PkgLength NumElements, then SLP_TYPa as an integer. */
-static void find_s5(const u8 *dsdt)
-{
-    u32 size = read32(dsdt + 4);
-    for (u32 i = 36; i + 12 < size; i++) {
-        if (!same((const char *)dsdt + i, "_S5_\x12", 5))
-            continue;
-        const u8 *p = dsdt + i + 5;
-        p += 1 + (*p >> 6); /* PkgLength */
-        p += 1;             /* NumElements */
-        s5_type = *p == 0x0a ? p[1] : *p; /* BytePrefix, or ZeroOp and OneOp as they are */
-        return;
-    }
-}
-
-/* Walks RSDP -> XSDT or RSDT -> FADT -> DSDT. 0 if something is missing or a checksum is wrong. */
-static int show_acpi(const struct start_info *info)
-{
-    const u8 *rsdp = (const u8 *)info->rsdp;
-    if (!rsdp || !same((const char *)rsdp, "RSD PTR ", 8) || !sum_is_zero(rsdp, 20))
-        return 0;
-    int wide = rsdp[15] >= 2 && read64(rsdp + 24);
-    const u8 *root = (const u8 *)(wide ? read64(rsdp + 24) : read32(rsdp + 16));
-    if (!sum_is_zero(root, read32(root + 4)))
-        return 0;
-    u32 entry = wide ? 8 : 4, count = (read32(root + 4) - 36) / entry;
-    int good = 0;
-    if (!quiet)
-        put("acpi     ");
-    for (u32 i = 0; i < count && i < 32; i++) {
-        const u8 *table = (const u8 *)(wide ? read64(root + 36 + 8 * i) : read32(root + 36 + 4 * i));
-        char name[6] = { (char)table[0], (char)table[1], (char)table[2], (char)table[3], ' ', 0 };
-        if (!quiet)
-            put(name);
-        if (!sum_is_zero(table, read32(table + 4)))
-            return 0;
-        if (!same(name, "FACP", 4))
-            continue;
-        const u8 *dsdt = (const u8 *)(u64)read32(table + 40);
-        pm1a_control = (u16)read32(table + 64);
-        good = sum_is_zero(dsdt, read32(dsdt + 4));
-        find_s5(dsdt);
-    }
-    if (!quiet)
-        put("\n");
-    return good;
-}
-
-/* --- the self-check ------------------------------------------------------------------------------------------------ */
+/* --- the self-check -------------------------------------------------------------------------------------------------- */
 
 static void check(const char *what, int good)
 {
@@ -530,7 +300,7 @@ static void measure_speed(void)
     put(" million simple instructions per second\n");
 }
 
-/* --- the end ---------------------------------------------------------------------------------------------------- */
+/* --- the end --------------------------------------------------------------------------------------------------------- */
 
 static void echo_input(void)
 {
@@ -545,6 +315,57 @@ static void echo_input(void)
         put_char(c == '\r' ? '\n' : c);
     }
     out8(COM1 + UART_IER, 0);
+}
+
+static u32 random_state;
+
+static u32 random(void) /* xorshift32 */
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 17;
+    random_state ^= random_state << 5;
+    return random_state;
+}
+
+/* Reads and writes of all sizes. Ports that end or reset the machine, and the console, are left to the last. */
+static void write_garbage(u32 seed)
+{
+    static const u16 last[] = { 0x64, 0x92, 0xcf9, 0x600, 0x601, 0x602, 0x603, 0x604, 0x605 };
+    static const u32 windows[] = { 0xc0000000, 0xe0000000, 0xfec00000, 0xfed00000, 0xfee00000, 0xfffff000 };
+    random_state = seed | 1;
+    interrupts_off();
+    for (u32 round = 0; round < 2; round++)
+        for (u32 port = 0; port < 0x10000; port++) {
+            int held_back = (port >= COM1 - 3 && port < COM1 + 8) || (port >= EXIT_PORT - 3 && port <= EXIT_PORT);
+            for (size_t i = 0; i < sizeof last / sizeof *last; i++)
+                held_back |= port <= last[i] && port + 3 >= last[i];
+            if (held_back || (round && random() % 64))
+                continue;
+            u32 value = random(), kind = value >> 29;
+            switch (kind) {
+            case 0: __asm__ volatile("inb %%dx, %%al" : "+a"(value) : "d"(port)); break;
+            case 1: __asm__ volatile("inw %%dx, %%ax" : "+a"(value) : "d"(port)); break;
+            case 2: __asm__ volatile("inl %%dx, %%eax" : "+a"(value) : "d"(port)); break;
+            case 3: __asm__ volatile("outw %%ax, %%dx" : : "a"(value), "d"(port)); break;
+            case 4: __asm__ volatile("outl %%eax, %%dx" : : "a"(value), "d"(port)); break;
+            default: __asm__ volatile("outb %%al, %%dx" : : "a"(value), "d"(port)); break;
+            }
+        }
+    for (u32 i = 0; i < 6000; i++) {
+        u32 value = random(), address = windows[i % (sizeof windows / sizeof *windows)] + (random() & 0xfff);
+        switch (value >> 29) {
+        case 0: (void)*(volatile u8 *)(u64)address; break;
+        case 1: (void)*(volatile u32 *)(u64)address; break;
+        case 2: (void)*(volatile u64 *)(u64)address; break;
+        case 3: *(volatile u8 *)(u64)address = (u8)value; break;
+        case 4: *(volatile u16 *)(u64)address = (u16)value; break;
+        case 5: *(volatile u64 *)(u64)address = value; break;
+        default: *(volatile u32 *)(u64)(address & ~3u) = value; break;
+        }
+    }
+    put("tiny: the devices have seen garbage\n");
+    for (u32 i = 0; i < 1000; i++)
+        out8(last[random() % (sizeof last / sizeof *last)], (u8)random());
 }
 
 static void power_off(u8 status)
@@ -593,17 +414,15 @@ void tiny_main(const struct start_info *info)
         measure_speed();
     if (option(line, "echo"))
         echo_input();
-    const char *wanted = option(line, "status=");
-    u8 status = failures ? 1 : 0;
-    if (wanted)
-        for (status = 0; *wanted >= '0' && *wanted <= '9'; wanted++)
-            status = (u8)(status * 10 + (*wanted - '0'));
+    u8 status = option(line, "status=") ? (u8)number_after(line, "status=") : failures != 0;
     put("tiny nonroot 0.1.0 x86_64");
     put(failures ? ", self-check FAILED\n" : ", self-check passed\n");
     if (option(line, "crash")) {
         struct __attribute__((packed)) { u16 limit; u64 base; } nothing = { 0, 0 };
         __asm__ volatile("lidt %0\n\tud2" : : "m"(nothing));
     }
+    if (option(line, "garbage="))
+        write_garbage(number_after(line, "garbage="));
     while (option(line, "idle")) {
         out8(PIC1_DATA, 0xff);
         sleep_until_interrupt();

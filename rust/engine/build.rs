@@ -46,7 +46,7 @@ fn main() {
     let tiny = guest.join("tiny");
     let script = format!("-Wl,-T,{}", tiny.join("tiny.ld").display());
     build(
-        &[tiny.join("start.S"), tiny.join("main.c")],
+        &["start.S", "main.c", "text.c", "machine.c"].map(|name| tiny.join(name)),
         &["-m64", "-mno-red-zone", "-mgeneral-regs-only", "-Wl,-z,max-page-size=4096", &script],
         &out.join("tiny_guest"),
     );

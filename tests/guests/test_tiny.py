@@ -79,6 +79,36 @@ def test_it_echoes_what_is_typed(kernel: Path) -> None:
         assert domain.wait(60).reason == "poweroff"
 
 
+ENDS_OF_GARBAGE = {"poweroff", "reset", "triple_fault", "halted"}
+
+
+@pytest.mark.parametrize(
+    "seed", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_garbage_for_every_port_ends_only_the_guest(kernel: Path, seed: int) -> None:
+    with nonroot.Domain(kernel, append=f"quiet garbage={seed}", memory="64M", agent=False) as domain:
+        stopped = domain.wait(120)
+        console = domain.console.text
+    assert "the devices have seen garbage" in console
+    assert stopped.reason in ENDS_OF_GARBAGE, stopped
+
+
+@pytest.mark.parametrize("name", [name for name, _ in _engine.optimisations()])
+def test_it_passes_without_each_optimisation(kernel: Path, name: str) -> None:
+    with nonroot.Domain(kernel, append="quiet", memory="64M", agent=False, off=[name]) as domain:
+        assert domain.wait(60).reason == "poweroff"
+        assert "self-check passed" in domain.console.text
+
+
+def test_virtual_time_repeats_exactly(kernel: Path) -> None:
+    runs = set()
+    for _ in range(3):
+        with nonroot.Domain(kernel, memory="64M", agent=False, virtual_time=True) as domain:
+            assert domain.wait(60).reason == "poweroff"
+            runs.add((domain.stats.instructions, domain.stats.machine_seconds, domain.console.text))
+    assert len(runs) == 1
+
+
 def qemu(kernel: Path, append: str) -> tuple[str, int]:
     command = [QEMU or "", "-accel", "tcg", "-M", "pc", "-m", "64", "-nodefaults", "-nographic", "-no-reboot"]
     command += [
