@@ -3,6 +3,7 @@
 
 use crate::code_cache::CodeCache;
 use crate::config::Config;
+use crate::cpuid::Features;
 use crate::mmio::MmioLog;
 use crate::msr::Msrs;
 use crate::state::*;
@@ -46,6 +47,8 @@ pub struct Cpu {
     pub fpu: VectorState,
     /// Model-specific registers without a home elsewhere.
     pub msr: Msrs,
+    /// What the CPUID policy allows.
+    pub features: Features,
     /// Local APIC.
     pub lapic: Lapic,
     /// How time passes.
@@ -147,7 +150,8 @@ impl Cpu {
             retired: 0,
             retired_in_block: 0,
             fpu: VectorState::default(),
-            msr: Msrs::default(),
+            msr: Msrs::new(&config),
+            features: Features::new(&config),
             lapic: Lapic::new(config.apic_id, config.tsc_khz, config.apic_bus_hz),
             clock: config.clock.clone(),
             random: crate::general::random::Random::new(config.random_seed),
@@ -171,7 +175,7 @@ impl Cpu {
             lapic_moved: false,
             stats: Statistics::default(),
         });
-        cpu.update_mode();
+        cpu.reset();
         cpu
     }
 
