@@ -1,1 +1,61 @@
-//! See Cargo.toml.
+//! The Python extension module `nonroot._engine`. Its interface, with its
+//! documentation, is `src/nonroot/_engine.pyi`; this crate only translates.
+
+mod cpu_state;
+mod exits;
+mod memory;
+mod msrs;
+mod options;
+mod vcpu;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+/// Guest software that `build.rs` assembled; empty if it could not.
+static AGENT64: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/agent64"));
+static AGENT32: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/agent32"));
+static TINY_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tiny_guest"));
+
+fn software<'py>(py: Python<'py>, bytes: &[u8], what: &str) -> PyResult<Bound<'py, PyBytes>> {
+    if bytes.is_empty() {
+        return Err(PyValueError::new_err(format!(
+            "this build of nonroot has no {what}: the C compiler could not make it"
+        )));
+    }
+    Ok(PyBytes::new(py, bytes))
+}
+
+/// The guest agent.
+#[pyfunction]
+fn agent(py: Python<'_>, bits: u32) -> PyResult<Bound<'_, PyBytes>> {
+    match bits {
+        64 => software(py, AGENT64, "64-bit guest agent"),
+        32 => software(py, AGENT32, "32-bit guest agent"),
+        _ => Err(PyValueError::new_err(format!("there is no guest agent of {bits} bits, only of 32 and 64"))),
+    }
+}
+
+/// The built-in guest.
+#[pyfunction]
+fn tiny_guest(py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
+    software(py, TINY_GUEST, "built-in guest")
+}
+
+/// Optimisations that can be switched off.
+#[pyfunction]
+fn optimisations() -> Vec<(String, String)> {
+    let all = nonroot_interpret::config::Optimisations::ALL;
+    all.iter().map(|(name, text)| (name.to_string(), text.trim().to_string())).collect()
+}
+
+#[pymodule]
+fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<memory::Memory>()?;
+    module.add_class::<vcpu::Vcpu>()?;
+    module.add_function(wrap_pyfunction!(agent, module)?)?;
+    module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;
+    module.add_function(wrap_pyfunction!(optimisations, module)?)?;
+    Ok(())
+}

@@ -157,6 +157,13 @@ impl Vcpu {
         }
     }
 
+    /// Drops the last exit and what was answered to it: the state is about to be replaced.
+    pub fn forget_exit(&mut self) {
+        self.last = None;
+        self.cpu.reply = None;
+        self.cpu.mmio.clear();
+    }
+
     /// Sleeps until there is something to run, `kick`, or machine time reaches the
     /// deadline. True if there is something to run.
     pub fn wait(&mut self, deadline_ns: Option<u64>) -> bool {

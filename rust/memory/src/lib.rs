@@ -175,7 +175,14 @@ impl Memory {
     }
 
     /// Points `count` frames from `gfn` on at `offset` in a backing.
-    pub fn map(&self, gfn: u64, count: u64, backing: usize, offset: u64, flags: u64) -> Result<(), MemoryError> {
+    pub fn map(
+        &self,
+        gfn: u64,
+        count: u64,
+        backing: usize,
+        offset: u64,
+        flags: u64,
+    ) -> Result<(), MemoryError> {
         let end = gfn.checked_add(count).ok_or(MemoryError::OutOfRange)?;
         if end > 1 << (PHYS_BITS - PAGE_SHIFT) {
             return Err(MemoryError::OutOfRange);
@@ -217,6 +224,20 @@ impl Memory {
     #[inline]
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// One frame of the p2m as a run of length 1; None if it is not RAM.
+    pub fn lookup(&self, gfn: u64) -> Option<Run> {
+        let entry = self.entry(gfn);
+        if entry & P2M_PRESENT == 0 {
+            return None;
+        }
+        let host = entry & !P2M_FLAGS;
+        let backings = self.backings.lock().unwrap();
+        let inside = |b: &Backing| (b.base as u64..b.base as u64 + b.size).contains(&host);
+        let backing = backings.iter().position(inside)?;
+        let offset = host - backings[backing].base as u64;
+        Some(Run { gfn, count: 1, backing, offset, flags: entry & (P2M_WRITABLE | P2M_FOREIGN) })
     }
 
     /// The p2m as runs of frames that are contiguous in their backing.

@@ -1,0 +1,76 @@
+//! The arguments of `Vcpu(…)` as the interpreter's configuration.
+
+use nonroot_interpret::config::{monotonic_ns, Config, CpuidLeaf, Optimisations};
+use nonroot_interpret::state::Clock;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::collections::HashMap;
+
+/// One leaf: leaf, subleaf, EAX, EBX, ECX, EDX.
+pub type Leaf = (u32, u32, u32, u32, u32, u32);
+
+fn named<'py, T: FromPyObjectOwned<'py>>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<T> {
+    value.extract().map_err(|_| {
+        PyValueError::new_err(format!("the option {name} has a value of the wrong type or size"))
+    })
+}
+
+/// Reads everything; refuses unknown options.
+pub fn config(
+    apic_id: u32,
+    cpuid: Vec<Leaf>,
+    msrs: HashMap<u32, (u64, u64)>,
+    options: &Bound<'_, PyDict>,
+) -> PyResult<Config> {
+    let leaf = |&(leaf, subleaf, eax, ebx, ecx, edx): &Leaf| CpuidLeaf { leaf, subleaf, eax, ebx, ecx, edx };
+    let mut config = Config {
+        apic_id,
+        cpuid: cpuid.iter().map(leaf).collect(),
+        msrs,
+        clock: Clock::Host { offset: (monotonic_ns() as i64).wrapping_neg() },
+        ..Config::default()
+    };
+    for (key, value) in options {
+        let name: String = key.extract()?;
+        match name.as_str() {
+            "tsc_khz" => config.tsc_khz = named(&name, &value)?,
+            "apic_bus_hz" => config.apic_bus_hz = named(&name, &value)?,
+            "msr_exits" => config.msr_exits = named(&name, &value)?,
+            "exception_exits" => config.exception_exits = named(&name, &value)?,
+            "cr_exits" => config.cr_exits = named(&name, &value)?,
+            "virtual_time" => {
+                if let Some((num, den)) = named::<Option<(u64, u64)>>(&name, &value)? {
+                    if den == 0 || num == 0 || num > 1 << 32 || den > 1 << 32 {
+                        return Err(PyValueError::new_err(
+                            "virtual_time is a fraction of nanoseconds per instruction, both numbers from 1 to 2**32",
+                        ));
+                    }
+                    config.clock = Clock::Virtual { base: 0, num, den };
+                }
+            }
+            "off" => {
+                for optimisation in named::<Vec<String>>(&name, &value)? {
+                    if !config.optimise.switch_off(&optimisation) {
+                        let all: Vec<&str> = Optimisations::ALL.iter().map(|(name, _)| *name).collect();
+                        return Err(PyValueError::new_err(format!(
+                            "there is no optimisation named {optimisation}, only {}",
+                            all.join(", ")
+                        )));
+                    }
+                }
+            }
+            _ => return Err(PyValueError::new_err(format!("there is no engine option named {name}"))),
+        }
+    }
+    if !(1_000..=100_000_000).contains(&config.tsc_khz) {
+        return Err(PyValueError::new_err(format!("a TSC of {} kHz makes no sense", config.tsc_khz)));
+    }
+    if !(1_000..=10_000_000_000).contains(&config.apic_bus_hz) {
+        return Err(PyValueError::new_err(format!(
+            "an APIC bus clock of {} Hz makes no sense",
+            config.apic_bus_hz
+        )));
+    }
+    Ok(config)
+}
