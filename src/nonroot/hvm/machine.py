@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import Final
+from weakref import finalize
 
 from nonroot._engine import Memory
 from nonroot.boot.plan import BootPlan, plan_boot
@@ -36,7 +37,7 @@ from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, PicPair
 from nonroot.hvm.pit import PORT_B, Pit
-from nonroot.hvm.ram import create_ram
+from nonroot.hvm.ram import close_files, create_ram
 from nonroot.hvm.reset import I8042, I8042_COMMAND, I8042_DATA, PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
 from nonroot.hvm.streams import InputQueue, OutputBuffer
@@ -115,7 +116,10 @@ class Machine:
         self.plan: BootPlan = plan_boot(
             config.kernel, self.memory_map, config.cmdline, config.initrd, acpi.rsdp, config.protocol
         )
-        self.memory: Memory = create_ram(self.memory_map, config.scramble_seed)
+        self.memory_files: list[int] = []
+        """A read-only descriptor of each backing of the memory."""
+        self.memory: Memory = create_ram(self.memory_map, config.scramble_seed, self.memory_files)
+        finalize(self, close_files, self.memory_files)
         if policy is None:
             policy = CpuPolicy.build(engine.cpu_features)
         options = EngineOptions(virtual_time=config.virtual_time, off=config.engine_off)
@@ -260,6 +264,10 @@ class Machine:
     def agent_backlog(self) -> int:
         """Bytes that the agent has not read yet, those still posted excepted. Any thread."""
         return len(self._agent_input) + self.agent_port.waiting
+
+    def console_backlog(self, uart: int = 0) -> int:
+        """Bytes that the guest has not taken from a serial port's queue yet. Any thread."""
+        return len(self._uart_input[uart])
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down. Any thread."""

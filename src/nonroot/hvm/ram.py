@@ -9,16 +9,19 @@ from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
 
-__all__ = ["create_ram"]
+__all__ = ["close_files", "create_ram"]
 
 
-def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None) -> Memory:
+def create_ram(
+    memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None
+) -> Memory:
     """
     RAM as ``memory_map`` says, zeroed.
 
     The backing is as large as it will ever be and sealed against shrinking, growing and further sealing, so that no
     holder can truncate it under another. With ``scramble_seed`` every frame lies at a random place of the backing: the
-    guest must not notice. OutOfMemoryError if the host has not enough.
+    guest must not notice. ``files`` gets a read-only descriptor of each backing, in order, for those who look at guest
+    memory from outside; without it, only the mappings keep the memory. OutOfMemoryError if the host has not enough.
     """
     memory = Memory()
     size = memory_map.memory_bytes
@@ -27,10 +30,11 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None) -> Memor
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         backing = memory.add_backing(fd, size)
+        if files is not None:
+            files.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise OutOfMemoryError(f"the host cannot give {size >> 20} MiB of memory: {error.strerror}") from None
     finally:
-        # The mapping keeps the memory.
         os.close(fd)
     if scramble_seed is None:
         for ram in memory_map.ram():
@@ -39,6 +43,12 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None) -> Memor
         for gfn, offset in _scrambled(memory_map, scramble_seed):
             memory.map(gfn, 1, backing, offset)
     return memory
+
+
+def close_files(files: list[int]) -> None:
+    """Close the descriptors that :func:`create_ram` opened; mappings stay."""
+    while files:
+        os.close(files.pop())
 
 
 def _scrambled(memory_map: MemoryMap, seed: int) -> Iterator[tuple[int, int]]:
