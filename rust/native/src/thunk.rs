@@ -221,9 +221,11 @@ impl Uses {
             } else if register.is_gpr() && register.full_register() != Register::RSI {
                 let slot = SLOTS.iter().position(|&slot| slot == register.full_register());
                 let slot = slot.ok_or_else(|| Unsupported::Encoding(format!("uses {register:?}")))?;
-                // A 16-bit destination keeps the rest of the register.
-                let partial = writes && register.size() < 4;
-                uses.gpr_in |= u8::from(reads || partial) << slot;
+                if writes && register.size() < 4 {
+                    // Would keep the rest of the register; no instruction for a thunk does.
+                    return Err(Unsupported::Encoding(format!("writes {register:?}")));
+                }
+                uses.gpr_in |= u8::from(reads) << slot;
                 uses.gpr_out |= u8::from(writes) << slot;
             }
         }

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::reference::{Host, HostState};
+use common::reference::{host_environment, set_host_mxcsr, Host, HostState};
 use common::{instruction, Operands, Random, Refused, TestCpu};
 use iced_x86::Mnemonic::{Dppd, Dpps, Vdppd, Vdpps};
 use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction};
@@ -517,4 +517,25 @@ fn wait_compiles() {
     let wait = Decoder::with_ip(64, &[0x9b], 0, DecoderOptions::NONE).decode();
     let compiled = cpu.compile(&wait);
     assert_eq!((compiled.class, compiled.plan), (Class::Wait, Plan::X87Control(X87Control::Wait)));
+}
+
+#[test]
+fn the_host_keeps_its_own_environment() {
+    let mut random = Random::new(8);
+    let mut cpu = TestCpu::new();
+    // Flush to zero, as a program linked with fast mathematics sets it.
+    set_host_mxcsr(0x9f80);
+    let expected = (0x9f80, 0x037f, 0xffff);
+    let classes = [Class::Sse, Class::Avx, Class::Mmx, Class::SseMmx, Class::X87];
+    let forms = forms(&classes);
+    for made in &forms {
+        cpu.randomise(&mut random);
+        random_x87(&mut cpu.state, &mut random, true);
+        cpu.state.mxcsr = random.next() as u32 & 0xffc0;
+        cpu.put(common::ADDRESS, &random.vector());
+        let _ = cpu.run(made, common::ADDRESS);
+        assert_eq!(host_environment(), expected, "{made}");
+    }
+    set_host_mxcsr(0x1f80);
+    assert!(forms.len() > 4000);
 }

@@ -44,6 +44,7 @@ const NO_FAULT: u32 = u32::MAX;
 
 impl Host {
     pub fn new() -> Self {
+        assert!(is_x86_feature_detected!("avx"), "the reference frame needs a host with AVX");
         let lock = LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         HANDLER.call_once(|| {
             // SAFETY: the handler only changes the interrupted context and atomics.
@@ -117,6 +118,32 @@ impl Host {
         }
         Some(FAULT_MXCSR.load(Ordering::SeqCst)).filter(|&mxcsr| mxcsr != NO_FAULT)
     }
+}
+
+/// The host's own MXCSR, x87 control word and x87 tags, which a thunk must leave
+/// as it found them (an empty stack, as the calling convention wants).
+pub fn host_environment() -> (u32, u16, u16) {
+    let mut mxcsr = 0u32;
+    let mut environment = [0u16; 14];
+    // SAFETY: both instructions only store, to buffers large enough; FNSTENV's masking of exceptions is
+    // undone by FLDENV.
+    unsafe {
+        std::arch::asm!(
+            "stmxcsr [{mxcsr}]",
+            "fnstenv [{environment}]",
+            "fldenv [{environment}]",
+            mxcsr = in(reg) &mut mxcsr,
+            environment = in(reg) &mut environment,
+            options(nostack),
+        );
+    }
+    (mxcsr, environment[0], environment[4])
+}
+
+/// Sets the host's MXCSR for this thread.
+pub fn set_host_mxcsr(mxcsr: u32) {
+    // SAFETY: only reads the buffer; the value leaves all exceptions masked.
+    unsafe { std::arch::asm!("ldmxcsr [{0}]", in(reg) &mxcsr, options(nostack, readonly)) };
 }
 
 impl Drop for Host {
