@@ -37,6 +37,7 @@ __all__ = [
     "UnknownOutcomeError",
     "UnsupportedError",
     "UsageError",
+    "WaitTimeoutError",
     "error_from_wire",
 ]
 
@@ -91,7 +92,13 @@ class OutOfMemoryError(TransientError):
     code = "out_of_memory"
 
 
-class BootTimeoutError(TransientError):
+class WaitTimeoutError(TransientError, TimeoutError):
+    """What was waited for has not happened in the time allowed."""
+
+    code = "wait_timeout"
+
+
+class BootTimeoutError(WaitTimeoutError):
     """The guest was not ready in the time allowed; its console output so far is in ``details["console"]``."""
 
     code = "boot_timeout"
@@ -104,7 +111,7 @@ class PermanentError(NonrootError):
 
 
 class UnsupportedError(PermanentError):
-    """This machine, kernel or engine cannot do that."""
+    """Something that the machine, the kernel or the engine at hand cannot do."""
 
     code = "unsupported"
 
@@ -149,6 +156,7 @@ class CommandFailedError(PermanentError):
     """``run(check=True)``: the command ended with another status than 0. ``completed`` has its result."""
 
     code = "command_failed"
+    completed: Any = None
 
 
 class UnknownOutcomeError(NonrootError):
@@ -157,7 +165,7 @@ class UnknownOutcomeError(NonrootError):
     code = "unknown_outcome"
 
 
-class CommandTimeoutError(UnknownOutcomeError):
+class CommandTimeoutError(UnknownOutcomeError, TimeoutError):
     """The command did not end in the time allowed and was killed; its output so far is in ``stdout`` and ``stderr``."""
 
     code = "timeout"
@@ -188,4 +196,8 @@ def error_from_wire(record: dict[str, Any]) -> NonrootError:
     """The error that :meth:`NonrootError.to_wire` described; an unknown code becomes an InternalError."""
     kind = _tree(NonrootError).get(str(record.get("code")), InternalError)
     details = record.get("details")
-    return kind(str(record.get("message", "no reason given")), **(details if isinstance(details, dict) else {}))
+    error = kind.__new__(kind)  # subclasses may have constructors of their own
+    NonrootError.__init__(
+        error, str(record.get("message", "no reason given")), **(details if isinstance(details, dict) else {})
+    )
+    return error

@@ -1,5 +1,6 @@
-"""The guest agent, built with -DTEST_STDIO and run on the host as an ordinary process: the real code but for the ports."""
+"""The guest agent, built with -DTEST_STDIO and run on the host as an ordinary process: the real code, but no ports."""
 
+import contextlib
 import os
 import selectors
 import shutil
@@ -12,11 +13,38 @@ from types import TracebackType
 
 import pytest
 
-from nonroot.domain.frames import Entry, ExitKind, ExitReport, FrameDecoder, FromGuest, StartFlag, ToGuest, encode, encode_start
+from nonroot.domain.frames import (
+    Entry,
+    ExitKind,
+    ExitReport,
+    FrameDecoder,
+    FromGuest,
+    StartFlag,
+    ToGuest,
+    encode,
+    encode_start,
+)
 
 SOURCE = Path(__file__).parents[2] / "guest" / "agent.c"
-FLAGS = ["-std=gnu11", "-Os", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-no-pie", "-nostdlib", "-static"]
-FLAGS += ["-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
+FLAGS = [
+    "-std=gnu11",
+    "-Os",
+    "-ffreestanding",
+    "-fno-builtin",
+    "-fno-pic",
+    "-fno-pie",
+    "-no-pie",
+    "-nostdlib",
+    "-static",
+]
+FLAGS += [
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wl,--build-id=none",
+]
 
 
 def build(bits: int, where: Path, *extra: str) -> Path:
@@ -47,7 +75,9 @@ class NativeAgent:
         assert self.next()[0] == FromGuest.HELLO
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None
@@ -79,6 +109,12 @@ class NativeAgent:
                         raise EOFError
                     self.frames += self.decoder.feed(data)
 
+    def pump_for(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(AssertionError):
+            while True:
+                self.pump(deadline)
+
     def next(self, timeout: float = 10) -> tuple[FromGuest, bytes]:
         deadline = time.monotonic() + timeout
         while not self.frames:
@@ -87,7 +123,7 @@ class NativeAgent:
 
     def until(self, kind: FromGuest, timeout: float = 10) -> tuple[bytes, list[tuple[FromGuest, bytes]]]:
         """The payload of the next frame of ``kind``, and all frames before it."""
-        before = []
+        before: list[tuple[FromGuest, bytes]] = []
         while True:
             found, payload = self.next(timeout)
             if found == kind:
@@ -107,7 +143,9 @@ class NativeAgent:
                 report = ExitReport.parse(payload)
                 return report.kind, report.value, bytes(out[FromGuest.STDOUT]), bytes(out[FromGuest.STDERR])
 
-    def run(self, *argv: str | bytes, stdin: bytes | None = None, **options: object) -> tuple[ExitKind, int, bytes, bytes]:
+    def run(
+        self, *argv: str | bytes, stdin: bytes | None = None, **options: object
+    ) -> tuple[ExitKind, int, bytes, bytes]:
         self.start(*argv, flags=StartFlag.NO_STDIN if stdin is None else StartFlag.PIPES, **options)
         if stdin is not None:
             assert len(stdin) <= 65536

@@ -57,7 +57,10 @@ def test_what_cannot_be_executed(agent: NativeAgent, tmp_path: Path) -> None:
     assert agent.run(str(plain))[:2] == (ExitKind.EXEC_FAILED, errno.EACCES)
     plain.chmod(0o755)
     assert agent.run(str(plain))[:2] == (ExitKind.EXEC_FAILED, errno.ENOEXEC)
-    assert agent.run("plain", env={b"PATH": os.fsencode(tmp_path) + b":/bin"})[:2] == (ExitKind.EXEC_FAILED, errno.ENOEXEC)
+    assert agent.run("plain", env={b"PATH": os.fsencode(tmp_path) + b":/bin"})[:2] == (
+        ExitKind.EXEC_FAILED,
+        errno.ENOEXEC,
+    )
     assert agent.run(str(tmp_path))[:2] == (ExitKind.EXEC_FAILED, errno.EACCES)
     assert agent.run("true", cwd=b"/no/such/directory")[:2] == (ExitKind.CHDIR_FAILED, errno.ENOENT)
     assert agent.run("true") == (ExitKind.EXITED, 0, b"", b"")
@@ -126,10 +129,7 @@ def test_a_command_that_does_not_read_its_stdin(agent: NativeAgent) -> None:
 
 def test_output_waits_for_credit(agent: NativeAgent) -> None:
     agent.start("sh", "-c", "head -c 300000 /dev/zero; echo end >&2", flags=StartFlag.NO_STDIN, window=1000)
-    deadline = time.monotonic() + 0.5
-    with pytest.raises(AssertionError, match="silent"):
-        while True:
-            agent.pump(deadline)
+    agent.pump_for(0.5)
     assert sum(len(p) for k, p in agent.frames if k == FromGuest.STDOUT) == 1000
     agent.send(ToGuest.CREDIT, struct.pack("<I", 1000))
     kind, value, out, err = agent.result()
@@ -233,7 +233,9 @@ def test_ends_when_the_host_goes(agent: NativeAgent) -> None:
     assert agent.process.wait(5) == 0
 
 
-@pytest.mark.parametrize("payload", [b"", b"\0" * 19, b"\0" * 20, b"\xff" * 40, struct.pack("<IHHIII", 0, 0, 0, 9, 3, 0) + b"\0x\0"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"\0" * 19, b"\0" * 20, b"\xff" * 40, struct.pack("<IHHIII", 0, 0, 0, 9, 3, 0) + b"\0x\0"]
+)
 def test_malformed_start(agent: NativeAgent, payload: bytes) -> None:
     agent.send(ToGuest.START, payload)
     kind, _, _, _ = agent.result()
@@ -272,7 +274,7 @@ def test_copy_in_a_tree(agent: NativeAgent, tmp_path: Path) -> None:
     target = tmp_path / "tree"
     assert agent.copy_in(os.fsencode(target), b"src", *tree) == (0, b"")
     assert (target / "a").read_bytes() == b"A"
-    assert sorted(os.listdir(os.fsencode(target / "sub"))) == [b"\xff"]
+    assert [os.fsencode(path.name) for path in (target / "sub").iterdir()] == [b"\xff"]
     assert (target / "link").readlink() == Path("sub/nowhere")
 
 

@@ -1,7 +1,7 @@
 """Frames between the domain process and the agent in the guest: u8 type, u32 length (little-endian), payload.
 
-The formats are described in docs/agent.md; guest/agent.c is the other side. What comes from the guest is hostile data:
-the decoder holds at most one frame of at most :data:`MAX_PAYLOAD` bytes and raises :class:`FrameError` on anything else.
+The formats are described in docs/agent.md; guest/agent.c is the other side. What comes from the guest is hostile: the
+decoder holds at most one frame of at most :data:`MAX_PAYLOAD` bytes and raises :class:`FrameError` on anything else.
 """
 
 import struct
@@ -202,7 +202,9 @@ def encode_start(
     if any(not k or b"=" in k for k in env):
         raise ValueError("the name of an environment variable is empty or contains '='")
     if len(strings) > MAX_STRINGS:
-        raise ValueError(f"the command has {len(strings) - 1} arguments and environment strings; {MAX_STRINGS - 1} are the most")
+        raise ValueError(
+            f"the command has {len(strings) - 1} arguments and environment strings; {MAX_STRINGS - 1} are the most"
+        )
     body = b"".join(s + b"\0" for s in strings)
     payload = _START.pack(flags, rows & 0xFFFF, cols & 0xFFFF, window, len(argv), len(env)) + body
     if len(payload) > MAX_PAYLOAD:

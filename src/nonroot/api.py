@@ -1,0 +1,545 @@
+"""The public face: a domain, its commands, console, memory and registers.
+
+>>> import nonroot
+>>> with nonroot.Domain() as d:                      # doctest: +SKIP
+...     result = d.run(["uname", "-a"])
+...     print(result.stdout)
+"""
+
+import base64
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from nonroot.domain.client import DomainClient, check_version
+from nonroot.domain.command import Command, Completed, Input
+from nonroot.domain.expect import Console
+from nonroot.domain.files import TreeWriter, read_tree
+from nonroot.domain.frames import Entry
+from nonroot.domain.memory import Memory
+from nonroot.domain.options import DomainOptions, check_readable, parse_size
+from nonroot.domain.wire import Kind
+from nonroot.errors import (
+    BadOptionError,
+    BootTimeoutError,
+    CommandFailedError,
+    DomainLostError,
+    NonrootError,
+    NotRunningError,
+    UnsupportedError,
+    WaitTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from nonroot.engines.state import VcpuState
+
+__all__ = ["Domain", "Statistics", "Stopped"]
+
+DEFAULT_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "TERM": "dumb",
+}
+"""What commands in the guest find in their environment, before the caller's own additions."""
+
+MAX_OUTPUT = 256 << 20
+MAX_FILES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """How a domain's guest ended."""
+
+    reason: str
+    """``poweroff``, ``reset``, ``panic``, ``triple_fault``, ``halted``, ``failure`` or ``internal``."""
+    message: str
+    """One sentence."""
+    console: str
+    """The console's last lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a domain has done so far."""
+
+    state: str
+    """``created``, ``running``, ``paused`` or ``stopped``."""
+    instructions: int
+    """Guest instructions retired; a REP iteration counts as one."""
+    machine_seconds: float
+    """The guest's time since its power-on."""
+    wall_seconds: float
+    """Ours."""
+    cpu_seconds: float
+    """CPU time of the domain's process."""
+    exits: dict[str, int]
+    """VM exits by kind."""
+    engine: dict[str, int]
+    """The engine's own counters."""
+
+
+class Domain:
+    """A guest in a process of its own. Use it as a context manager, or :meth:`start` and :meth:`destroy` it.
+
+    Without a kernel it boots Debian's cloud kernel with a busybox userland, fetched at the first use (see
+    :mod:`nonroot.guests`). Commands and file copies go through an agent that is added to the initramfs.
+    """
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str] | None = None,
+        initrd: str | os.PathLike[str] | None = None,
+        append: str = "",
+        memory: str | int = "256M",
+        engine: str = "auto",
+        virtual_time: bool = False,
+        seed: int = 0,
+        timeout: float = 120.0,
+        *,
+        flavour: str | None = None,
+        agent: bool = True,
+        quiet: bool = True,
+        protocol: str = "auto",
+        scramble_seed: int | None = None,
+        off: Iterable[str] = (),
+        console: bool = True,
+        fetch: bool = True,
+        progress: Callable[[str], None] | None = None,
+        fetch_progress: Callable[[str, float], None] | None = None,
+    ) -> None:
+        """
+        :param kernel: a bzImage, or an ELF with a PVH note.
+        :param initrd: its initramfs; several archives may be joined in one file.
+        :param append: added to the kernel's command line.
+        :param memory: bytes, or text like ``"256M"``, ``"1G"``.
+        :param engine: ``auto`` or an engine's name.
+        :param virtual_time: time is a function of retired instructions: runs repeat exactly, on one vCPU.
+        :param seed: of the machine's randomness (RDRAND) in virtual time.
+        :param timeout: seconds for the boot until commands can run.
+        :param flavour: which of Debian's kernels, if none is given (``cloud-amd64``, ``amd64``, ``686-pae``, ``686``).
+        :param agent: add our init to the initramfs. Without it, the initramfs's own init runs, and no commands can.
+        :param quiet: ask the kernel to print little.
+        :param protocol: how the kernel is entered: ``auto``, ``pvh``, ``linux64`` or ``linux32``.
+        :param scramble_seed: put every frame of guest memory at a random place of its file; for tests.
+        :param off: names of the engine's optimisations to switch off.
+        :param console: keep the console's output for :attr:`console`.
+        :param fetch: whether guest software may be fetched from the network.
+        :param progress: called with the names of the steps of starting.
+        :param fetch_progress: called with (what, share done from 0 to 1) while guest software is fetched.
+        :raises BadOptionError, BadFileError: at :meth:`start`, for what could not work.
+        """
+        self.console = Console(self._type)
+        self.memory = Memory(self._memory_map, self._memory_write)
+        self.note: str | None = None
+        """Where what boots is not what was asked for: why."""
+        self._memory_size = memory
+        self._boot_timeout = timeout
+        self._flavour = flavour
+        self._fetch = fetch
+        self._progress = progress or (lambda phase: None)
+        self._fetch_progress = fetch_progress
+        self._want_console = console
+        self._options = DomainOptions(
+            kernel=_absolute(kernel),
+            initrd=_absolute(initrd),
+            append=append,
+            engine=engine,
+            virtual_time=virtual_time,
+            seed=seed,
+            agent=agent,
+            quiet=quiet,
+            protocol=protocol,
+            scramble_seed=scramble_seed,
+            off=list(off),
+        )
+        self._client = DomainClient()
+        self._description: dict[str, Any] = {}
+        self._started = False
+        self._start_time = 0.0
+        self._ready: dict[str, Any] | None = None
+        self._stopped = threading.Event()
+        self._stop: Stopped | None = None
+        self._operation = threading.Lock()
+        self.on_event: Callable[[dict[str, Any]], None] = lambda record: None
+        """Called with the domain's events, in the client's reader thread."""
+
+    # ── life ──
+
+    def start(self) -> Self:
+        """Make the domain and power it on. It boots while you go on; :meth:`run` waits for it."""
+        if self._started:
+            raise NotRunningError("a domain can be started only once; make another one")
+        options = self._options
+        options.memory = parse_size(self._memory_size, "memory size")
+        options.check()
+        self._find_guest()
+        self._started = True
+        client = self._client
+        client.on_event = self._event
+        client.on_console = self.console.feed
+        client.on_lost = self._lost
+        try:
+            client.spawn()
+            check_version(client.request("hello", 60))
+            self._description = client.request("create", 300, **options.to_wire())
+            if self._want_console:
+                client.request("attach_console", 60)
+            self._start_time = time.monotonic()
+            client.request("start", 60)
+        except BaseException:
+            self.destroy()
+            raise
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.destroy()
+
+    def destroy(self) -> None:
+        """End the domain at once. Safe to call again."""
+        self._client.close()
+        self.memory.close()
+        self.console.end(DomainLostError("the domain has been destroyed"))
+
+    def kill(self) -> None:
+        """End the domain's process without asking it; safe from a signal handler. :meth:`destroy` tidies up."""
+        self._client.kill()
+
+    def shutdown(self, timeout: float = 30.0) -> Stopped:
+        """Ask the guest to power off, and wait for it. WaitTimeoutError if it does not; it is not destroyed then."""
+        if self._stop is None and not self._client.request("power_off", 30)["asked"]:
+            raise UnsupportedError("there is no agent in this guest that could be asked to power off")
+        return self.wait(timeout)
+
+    def wait(self, timeout: float | None = None) -> Stopped:
+        """Wait until the guest has powered off, rebooted or crashed. WaitTimeoutError after ``timeout`` seconds."""
+        self._need()
+        if not self._stopped.wait(timeout):
+            raise WaitTimeoutError(f"the guest was still running after {timeout:g} seconds")
+        if self._stop is None:
+            raise DomainLostError("the domain has ended")
+        return self._stop
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """How the guest ended; None while it runs."""
+        return self._stop
+
+    def pause(self) -> None:
+        """Stop the guest between two instructions; its time stands still."""
+        self._request("pause")
+
+    def unpause(self) -> None:
+        """Let it go on."""
+        self._request("unpause")
+
+    def wait_ready(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait until commands can run; returns what the guest says of itself (``release``, ``machine``, ``bits`` …).
+
+        BootTimeoutError when the time for the boot is over; GuestPanicError and its relatives if the guest ended first.
+        """
+        self._need()
+        if self._ready is not None:
+            return self._ready
+        if timeout is None:
+            timeout = max(0.0, self._start_time + self._boot_timeout - time.monotonic())
+        if not self._options.agent:
+            raise UnsupportedError(self.note or "this domain was made without an agent, so it cannot run commands")
+        try:
+            self._ready = self._client.submit("wait_ready").wait(timeout)
+        except TimeoutError:
+            lines = self.console.text.splitlines()[-12:]
+            raise BootTimeoutError(
+                f"the guest was not ready to run commands after {time.monotonic() - self._start_time:.0f} seconds",
+                console="\n".join(lines),
+            ) from None
+        return self._ready
+
+    # ── what it is ──
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it."""
+        self._need()
+        return str(self._description["engine"])
+
+    @property
+    def reason(self) -> str:
+        """Why it was chosen; one sentence."""
+        self._need()
+        return str(self._description["reason"])
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What was made: ``engine``, ``reason``, ``protocol``, ``command_line``, ``memory`` …"""
+        self._need()
+        return dict(self._description)
+
+    @property
+    def stats(self) -> Statistics:
+        """Counters, now."""
+        return Statistics(**self._request("stats"))
+
+    @property
+    def registers(self) -> "VcpuState":
+        """The vCPU's architectural state, between two instructions."""
+        from nonroot.engines.state import VcpuState
+
+        return VcpuState.from_bytes(base64.b64decode(self._request("registers")["record"]))
+
+    @property
+    def pid(self) -> int:
+        """The process id of the domain's process."""
+        self._need()
+        return self._client.pid
+
+    @property
+    def can_run_commands(self) -> bool:
+        """Whether our agent is in the guest; false for the built-in guest."""
+        return self._options.agent
+
+    # ── commands ──
+
+    def run(
+        self,
+        cmd: str | Sequence[str | os.PathLike[str]],
+        stdin: Input = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float | None = None,
+        *,
+        check: bool = False,
+        copy_in: Iterable[tuple[str | os.PathLike[str], str]] = (),
+        copy_out: Iterable[tuple[str, str | os.PathLike[str]]] = (),
+        max_output: int = MAX_OUTPUT,
+    ) -> Completed:
+        """Run a command in the guest and wait for its end. One domain runs any number of commands, one after the other.
+
+        :param cmd: program and arguments; a single text is run by the guest's ``/bin/sh``.
+        :param stdin: bytes, text, a binary file or a file descriptor; without it the command's stdin is empty.
+        :param env: added to the guest's small environment (PATH, HOME, TERM).
+        :param cwd: the directory to run in; ``/`` without it.
+        :param timeout: seconds for the command, not counting the boot.
+        :param check: raise CommandFailedError if the status is not 0.
+        :param copy_in: (host path, guest path) pairs to copy before, as ``cp -r`` does.
+        :param copy_out: (guest path, host path) pairs to copy after it has ended, whatever its status.
+        :param max_output: bytes of output; OutputLimitError beyond.
+        :raises CommandTimeoutError: it did not end in time; its output so far is in the error.
+        :raises DomainStoppedError: the guest powered off, rebooted or crashed before.
+        """
+        for source, destination in copy_in:
+            self.copy_in(source, destination)
+        completed = self.popen(cmd, stdin, env, cwd, max_output=max_output).wait(timeout)
+        for guest_path, host_path in copy_out:
+            self.copy_out(guest_path, host_path)
+        if check and completed.returncode:
+            last = completed.stderr.strip().splitlines()[-1:] or [""]
+            error = CommandFailedError(
+                f"{completed.args[0]} ended with status {completed.returncode}"
+                + (f": {last[0][:200]}" if last[0] else "")
+            )
+            error.details["returncode"] = completed.returncode
+            error.completed = completed
+            raise error
+        return completed
+
+    def popen(
+        self,
+        cmd: str | Sequence[str | os.PathLike[str]],
+        stdin: Input = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        *,
+        tty: tuple[int, int] | None = None,
+        on_output: Callable[[Kind, bytes], None] | None = None,
+        max_output: int = MAX_OUTPUT,
+    ) -> Command:
+        """Start a command and return at once; see :meth:`run`.
+
+        :param tty: (rows, columns): run it on a terminal of that size.
+        :param on_output: called with (``Kind.STDOUT`` or ``Kind.STDERR``, bytes) as output comes, in the client's
+            reader thread; while it blocks, the command's output waits.
+        """
+        if isinstance(cmd, str):
+            argv = ["/bin/sh", "-c", cmd]
+        else:
+            argv = [os.fspath(word) for word in cmd]
+        if not argv or not argv[0]:
+            raise BadOptionError("the command is empty")
+        self.wait_ready()
+        if not self._operation.acquire(blocking=False):
+            raise NotRunningError("another command or copy is still under way in this domain")
+        params: dict[str, Any] = {"env": {**DEFAULT_ENVIRONMENT, **(env or {})}, "cwd": cwd or "/"}
+        if tty is not None:
+            params |= {"tty": True, "rows": tty[0], "cols": tty[1]}
+        return Command(self._client, argv, params, stdin, on_output, max_output, self._operation.release)
+
+    # ── files ──
+
+    def copy_in(self, source: str | os.PathLike[str], destination: str) -> None:
+        """Copy a host file or directory into the guest, as ``cp -r`` does; missing directories are made.
+
+        BadFileError if the host's side cannot be read, GuestFileError if the guest's cannot be written.
+        """
+        tree = read_tree(source)
+        first = next(tree)
+        name = Path(os.path.abspath(source)).name or "root"  # noqa: PTH100 - resolve() would follow links
+        with self._exclusive() as client:
+            pending = client.submit("copy_in", {"destination": destination, "name": name})
+            failure: NonrootError | None = None
+            try:
+                self._send_piece(first)
+                for piece in tree:
+                    if pending.done() or not self._send_piece(piece):
+                        break
+            except NonrootError as error:
+                failure = error
+            client.submit("end_of_input")
+            pending.wait()
+            if failure is not None:
+                raise failure
+
+    def copy_out(self, source: str, destination: str | os.PathLike[str], *, limit: int = MAX_FILES) -> list[str]:
+        """Copy a guest file or directory to the host, as ``cp -r`` does.
+
+        Returns one sentence for each thing that was left out (devices, links that lead out of the copied directory).
+
+        :param limit: bytes of content; OutputLimitError beyond.
+        :raises GuestFileError: the guest's side cannot be read.
+        :raises BadFileError: the host's side cannot be written.
+        """
+        writer = TreeWriter(destination, source.rstrip("/").rpartition("/")[2], limit)
+        failure: list[NonrootError] = []
+
+        def take(kind: Kind, body: bytes) -> None:
+            if failure:
+                return
+            try:
+                if kind == Kind.ENTRY:
+                    writer.entry(Entry.parse(body))
+                elif kind == Kind.DATA:
+                    writer.data(body)
+            except NonrootError as error:
+                failure.append(error)
+                client.submit("cancel")
+
+        with self._exclusive(take) as client:
+            try:
+                client.submit("copy_out", {"path": source}).wait()
+            except NonrootError:
+                if not failure:
+                    raise
+            finally:
+                writer.close()
+        if failure:
+            raise failure[0]
+        return writer.skipped
+
+    # ── a shell on the console ──
+
+    def start_shell(self, rows: int = 24, cols: int = 80, env: Mapping[str, str] | None = None) -> None:
+        """Run an interactive shell on the guest's console as soon as it has booted; then no commands can run.
+
+        The event ``shell_ended`` tells its end.
+        """
+        environment = {**DEFAULT_ENVIRONMENT, "TERM": "vt100", **(env or {})}
+        self._request("shell", argv=["/bin/sh", "-l"], env=environment, rows=rows, cols=cols)
+
+    def resize(self, rows: int, cols: int) -> None:
+        """Tell the shell's terminal its size."""
+        self._request("window_size", rows=rows, cols=cols)
+
+    # ── inside ──
+
+    @contextlib.contextmanager
+    def _exclusive(self, stream: Callable[[Kind, bytes], None] | None = None) -> Any:
+        self.wait_ready()
+        if not self._operation.acquire(blocking=False):
+            raise NotRunningError("another command or copy is still under way in this domain")
+        client = self._client
+        try:
+            client.forget_credit()
+            client.on_stream = stream
+            yield client
+        finally:
+            client.on_stream = None
+            self._operation.release()
+
+    def _send_piece(self, piece: Entry | bytes) -> bool:
+        kind, body = (Kind.ENTRY, piece.pack()) if isinstance(piece, Entry) else (Kind.DATA, piece)
+        return self._client.send_within_credit(kind, body)
+
+    def _find_guest(self) -> None:
+        """Fill in the kernel and the initramfs that the caller left to us."""
+        from nonroot import guests
+
+        options = self._options
+        if options.kernel is not None:
+            if options.agent and options.initrd is None:
+                from nonroot.domain.initramfs import kernel_bits
+
+                flavour = "cloud-amd64" if kernel_bits(options.kernel) == 64 else "686-pae"
+                guest = guests.linux(self._flavour or flavour, progress=self._fetch_progress, allow_fetch=self._fetch)
+                if guest.is_linux and guest.initrd is not None:
+                    options.initrd = os.fspath(guest.initrd)
+            return
+        guest = guests.linux(
+            self._flavour or guests.DEFAULT_FLAVOUR, progress=self._fetch_progress, allow_fetch=self._fetch
+        )
+        self.note = guest.note
+        options.kernel = os.fspath(guest.kernel)
+        options.initrd = None if guest.initrd is None else os.fspath(guest.initrd)
+        if not guest.is_linux:
+            options.agent = False
+        check_readable(options.kernel, "kernel")
+
+    def _need(self) -> None:
+        if not self._started:
+            raise NotRunningError("the domain has not been started")
+
+    def _request(self, method: str, **params: Any) -> dict[str, Any]:
+        self._need()
+        return self._client.request(method, 120, **params)
+
+    def _type(self, data: bytes) -> None:
+        self._need()
+        for at in range(0, len(data), 4096):
+            self._client.send(Kind.CONSOLE, data[at : at + 4096])
+
+    def _memory_map(self) -> list[int]:
+        self._need()
+        pending = self._client.submit("memory_map")
+        pending.wait(60)
+        return pending.fds
+
+    def _memory_write(self, address: int, data: bytes) -> None:
+        self._need()
+        self._client.request("memory_write", 60, data, address=address)
+
+    def _event(self, record: dict[str, Any]) -> None:
+        name = record.get("event")
+        if name == "progress":
+            self._progress(str(record.get("phase", "")))
+        elif name == "stopped":
+            self._stop = Stopped(str(record["reason"]), str(record["message"]), str(record["console"]))
+            self.console.end(NotRunningError(f"the domain has stopped: {self._stop.message}"))
+            self._stopped.set()
+        self.on_event(record)
+
+    def _lost(self, error: NonrootError) -> None:
+        self.console.end(error)
+        self._stopped.set()
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links

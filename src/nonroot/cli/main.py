@@ -1,0 +1,127 @@
+"""The ``nonroot`` command. Subcommands are imported when they are used, so that it starts quickly."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from nonroot.cli.output import OWN_FAILURE, Reporter
+from nonroot.errors import NonrootError
+
+__all__ = ["cli", "main"]
+
+COMMANDS = {
+    "run": ("nonroot.cli.run", "run", "Boot a guest and run a command in it, or use its console."),
+    "demo": ("nonroot.cli.demo", "demo", "Boot Linux before your eyes, and run `uname -a` in it."),
+    "doctor": ("nonroot.cli.tools", "doctor", "Show what this machine has, and what nonroot makes of it."),
+    "completion": ("nonroot.cli.tools", "completion", "Print the shell's completion script."),
+}
+"""Verb: (module, name in it, one line of help)."""
+
+EPILOG = """\b
+Examples:
+  nonroot run -- uname -a                    run a command in a fresh guest
+  nonroot run                                use the guest's console; Ctrl-] leaves
+  nonroot run --copy-in .:/src --workdir /src -- make test
+  nonroot run --kernel bzImage --initrd initrd.img -- sh -c 'dmesg | tail'
+  nonroot doctor                             what this machine can do
+
+\b
+Exit status of `nonroot run -- CMD`: CMD's own; 124 after a time-out; 125 if nonroot itself or
+the guest failed; 126 and 127 if CMD could not be executed or found; 128+n if signal n killed it.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs, in the order of COMMANDS."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name, _ = COMMANDS[cmd_name]
+        command = getattr(import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in --help, without importing them all."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """An unknown verb is answered with the nearest known one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from nonroot import __version__
+
+        click.echo(f"nonroot {__version__}")
+        ctx.exit(0)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
+def cli() -> None:
+    """Boot unmodified operating systems: without root, without a kernel module, without VT-x."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors are one sentence on stderr, and status 125."""
+    reporter = Reporter()
+    try:
+        status = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="nonroot", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return OWN_FAILURE
+    except click.ClickException as error:
+        message = error.format_message()
+        reporter.error(message[:1].lower() + message[1:] if not message.startswith(("-", "'")) else message)
+        return OWN_FAILURE
+    except NonrootError as error:
+        reporter.error(error)
+        return OWN_FAILURE
+    except (KeyboardInterrupt, click.Abort):
+        reporter.clear()
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as unexpected:
+        reporter.error(f"nonroot itself failed: {type(unexpected).__name__}: {unexpected}")
+        if os.environ.get("NONROOT_DEBUG"):
+            traceback.print_exc()
+        else:
+            reporter.line("this is a defect of nonroot; please report it with the output of NONROOT_DEBUG=1")
+        return OWN_FAILURE
+    return status if isinstance(status, int) else 0
+
+
+def entry() -> None:
+    """For ``python -m nonroot``."""
+    sys.exit(main())

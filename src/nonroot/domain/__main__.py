@@ -1,0 +1,50 @@
+"""``python -m nonroot.domain --control-fd N [--socket PATH]``: the process of one domain. Started by its client."""
+
+import argparse
+import faulthandler
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from nonroot.domain import host
+from nonroot.domain.process import DomainProcess
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Serve until the domain ends; never returns."""
+    parser = argparse.ArgumentParser(prog="python -m nonroot.domain", description="The process of one domain.")
+    parser.add_argument("--control-fd", type=int, required=True, help="a connected Unix stream socket")
+    parser.add_argument("--socket", help="a path to listen at for further clients")
+    options = parser.parse_args()
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's business
+    host.die_with_parent()
+    host.name_process("nonroot-domain")
+    listener = None
+    if options.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.umask(0o077)
+        listener.bind(options.socket)
+        listener.listen(8)
+    control = socket.socket(fileno=options.control_fd)
+    os.set_inheritable(options.control_fd, False)
+    status = 0
+    try:
+        DomainProcess(control, listener).run()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    finally:
+        if options.socket:
+            Path(options.socket).unlink(missing_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the vCPU's thread need not be asked: memory is all that it has
+
+
+if __name__ == "__main__":
+    main()

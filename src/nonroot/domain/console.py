@@ -1,0 +1,73 @@
+"""The guest's console as the domain's process keeps it: the last part of the output, and the search for a panic."""
+
+from collections import deque
+
+__all__ = ["ConsoleLog", "PanicWatch", "printable"]
+
+_MARKER = b"Kernel panic - not syncing"
+_MAX_LINE = 400
+
+
+def printable(data: bytes) -> str:
+    """Console bytes as text that is harmless to a terminal: line breaks and tabs stay, controls and escapes go."""
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+    kept: list[str] = []
+    skipping = False
+    for character in text:
+        if skipping:  # an escape sequence ends with a letter
+            skipping = not (character.isalpha() or character in "~\n")
+        elif character == "\x1b":
+            skipping = True
+        elif character in "\n\t" or (character.isprintable() and character != "\x7f"):
+            kept.append(character)
+    return "".join(kept)
+
+
+class ConsoleLog:
+    """The last ``limit`` bytes (or somewhat more) of the console."""
+
+    def __init__(self, limit: int = 256 * 1024) -> None:
+        self._limit = limit
+        self._parts: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        """More output."""
+        if data:
+            self._parts.append(data)
+            self._size += len(data)
+        while self._size - len(self._parts[0] if self._parts else b"") > self._limit:
+            self._size -= len(self._parts.popleft())
+
+    def everything(self) -> bytes:
+        """What is kept."""
+        return b"".join(self._parts)
+
+    def tail(self, lines: int = 12) -> str:
+        """The last lines, as harmless text."""
+        last = self.everything()[-lines * 300 :]
+        return "\n".join(line[:300] for line in printable(last).splitlines()[-lines:])
+
+
+class PanicWatch:
+    """Finds Linux's ``Kernel panic - not syncing: …`` in the console, however it is split."""
+
+    def __init__(self) -> None:
+        self.message = ""
+        """What the kernel said, once it has panicked."""
+        self._line = bytearray()
+
+    def feed(self, data: bytes) -> bool:
+        """True if ``data`` completes the news."""
+        if self.message:
+            return False
+        for part in data.splitlines(keepends=True):
+            if len(self._line) < _MAX_LINE:
+                self._line += part[: _MAX_LINE - len(self._line)]
+            if part[-1:] in b"\r\n" and part:
+                if _MARKER in self._line:
+                    text = printable(bytes(self._line[self._line.index(_MARKER) + len(_MARKER) :]))
+                    self.message = text.strip(": \n\t") or "no reason given"
+                    return True
+                self._line.clear()
+        return False

@@ -1,0 +1,128 @@
+"""What a domain is made of, as the user asks for it: parsed, checked, and carried to the domain's process."""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nonroot.engines import select
+from nonroot.errors import BadFileError, BadOptionError
+
+__all__ = ["MAX_MEMORY", "MIN_MEMORY", "DomainOptions", "parse_size", "readable_size"]
+
+MIN_MEMORY = 4 << 20
+MAX_MEMORY = 512 << 30
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int, what: str = "size") -> int:
+    """Bytes of ``"256M"``, ``"1G"``, ``"1.5GiB"`` or a number; units are powers of 1024. BadOptionError if it is none.
+
+    >>> parse_size("256M")
+    268435456
+    """
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise BadOptionError(f"the {what} must be a number of bytes or text like '256M', not {text!r}")
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text)
+    if match is None or len(text) > 40:
+        raise BadOptionError(f"{text[:40]!r} is no {what}: write it like 256M or 1G")
+    number, unit = match.groups()
+    factor = _UNITS[unit.upper()]
+    return int(number) * factor if "." not in number else int(float(number) * factor)
+
+
+def readable_size(size: int) -> str:
+    """``size`` bytes in the largest unit that divides it.
+
+    >>> readable_size(268435456)
+    '256M'
+    """
+    for unit in "TGMK":
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
+@dataclass(slots=True)
+class DomainOptions:
+    """Checked by :meth:`check`; all paths absolute."""
+
+    kernel: str | None = None
+    """A bzImage or an ELF; None takes the fetched (or built-in) guest software."""
+    initrd: str | None = None
+    append: str = ""
+    """Added to the kernel's command line, so that it can override what is there."""
+    memory: int = 256 << 20
+    """Bytes."""
+    engine: str = "auto"
+    virtual_time: bool = False
+    seed: int = 0
+    """Of the machine's randomness in virtual time (RDRAND); otherwise the host's is used."""
+    scramble_seed: int | None = None
+    """Place every frame of guest memory at a random place of its backing; the guest cannot tell."""
+    quiet: bool = True
+    """Ask the kernel to print little."""
+    agent: bool = True
+    """Put our init into the initramfs, so that commands can be run."""
+    shell: bool = False
+    """Start an interactive shell on the console, if the agent is there."""
+    off: list[str] = field(default_factory=list)
+    """The engine's optimisations to switch off."""
+    protocol: str = "auto"
+    """How the kernel is entered: auto, pvh, linux64 or linux32."""
+
+    def check(self) -> None:
+        """BadOptionError or BadFileError, one sentence, for what could not work."""
+        if self.memory < MIN_MEMORY:
+            raise BadOptionError(
+                f"{readable_size(self.memory)} of memory is too little; {readable_size(MIN_MEMORY)} are the least"
+            )
+        if self.memory > MAX_MEMORY:
+            raise BadOptionError(
+                f"{readable_size(self.memory)} of memory is too much; {readable_size(MAX_MEMORY)} are the most"
+            )
+        if self.memory % 4096:
+            raise BadOptionError(f"{self.memory} bytes of memory are no whole number of 4 KiB pages")
+        select.choose(self.engine)
+        if self.protocol not in ("auto", "pvh", "linux64", "linux32"):
+            raise BadOptionError(f"there is no boot protocol {self.protocol!r}; there are: auto, pvh, linux64, linux32")
+        if self.initrd is not None and self.kernel is None:
+            raise BadOptionError("an initrd needs its kernel: give both")
+        if "\0" in self.append or "\n" in self.append:
+            raise BadOptionError("the kernel's command line cannot contain line breaks or NUL characters")
+        if len(os.fsencode(self.append)) > 2000:
+            raise BadOptionError(f"the kernel's command line has {len(self.append)} characters; 2000 are the most")
+        for seed in (self.seed, self.scramble_seed or 0):
+            if not 0 <= seed < 1 << 64:
+                raise BadOptionError("a seed must be a number from 0 to 2^64 - 1")
+        for path, what in ((self.kernel, "kernel"), (self.initrd, "initrd")):
+            if path is not None:
+                check_readable(path, what)
+
+    def to_wire(self) -> dict[str, Any]:
+        """As the ``create`` request carries it."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, record: dict[str, Any]) -> "DomainOptions":
+        """BadOptionError if a name is unknown; the values are checked by :meth:`check`."""
+        unknown = set(record) - {f.name for f in fields(cls)}
+        if unknown:
+            raise BadOptionError(f"unknown option: {', '.join(sorted(unknown))}")
+        return cls(**record)
+
+
+def check_readable(path: str, what: str) -> None:
+    """BadFileError if ``path`` is not a readable, non-empty file."""
+    try:
+        with Path(path).open("rb") as file:
+            if not file.read(1):
+                raise BadFileError(f"the {what} {path} is empty")
+    except OSError as error:
+        raise BadFileError(f"the {what} {path} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except ValueError:
+        raise BadFileError(f"the {what}'s path {path!r} is no path") from None

@@ -1,0 +1,497 @@
+"""The process of one domain: a loop that serves clients, and the vCPU's thread (:mod:`nonroot.domain.runner`).
+
+The loop alone touches the agent's session, the connections and the console; the vCPU thread hands it what the guest did
+through a mailbox of limited size, and waits when that is full.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from nonroot.domain.agent import AgentSession
+from nonroot.domain.console import ConsoleLog, PanicWatch
+from nonroot.domain.frames import FrameDecoder, FrameError
+from nonroot.domain.options import DomainOptions
+from nonroot.domain.runner import Runner, Stop
+from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
+from nonroot.errors import (
+    BadOptionError,
+    DomainStoppedError,
+    GuestCrashError,
+    GuestPanicError,
+    InternalError,
+    NonrootError,
+    NotRunningError,
+    UnsupportedError,
+    UsageError,
+)
+
+__all__ = ["Connection", "DomainProcess"]
+
+CONSOLE_DELAY = 0.004
+"""Seconds that console output may wait for more of it."""
+SEND_SIZE = 1 << 18
+MAX_CONSOLE_BACKLOG = 1 << 20
+"""With more console output than this waiting for a client, the guest waits."""
+
+
+class Connection:
+    """One client."""
+
+    def __init__(self, process: "DomainProcess", sock: socket.socket, primary: bool) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self.primary = primary
+        self.console = False
+        """Whether it gets the guest's console output."""
+        self.open = True
+        self._process = process
+        self._decoder = WireDecoder()
+        self._out: deque[tuple[memoryview, list[int]]] = deque()
+        self._waiting = 0
+        self._writing = False
+
+    # ── what a session's client is ──
+
+    def emit(self, kind: Kind, body: bytes) -> None:
+        """Send a stream message."""
+        self._push(pack(kind, body))
+
+    def reply(self, request: int, result: dict[str, Any], fds: list[int] | None = None) -> None:
+        """Answer a request; ``fds`` are copied to the client."""
+        record: dict[str, Any] = {"id": request, "result": result}
+        if fds:
+            record["fds"] = len(fds)
+        self._push(pack_json(record), fds)
+
+    def fail(self, request: int, error: NonrootError) -> None:
+        """Answer a request with an error."""
+        self._push(pack_json({"id": request, "error": error.to_wire()}))
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Tell what happened."""
+        self._push(pack_json({"event": name, **fields}))
+
+    def backlog(self) -> int:
+        """Bytes that wait for the client to take them."""
+        return self._waiting
+
+    # ── the socket ──
+
+    def _push(self, data: bytes, fds: list[int] | None = None) -> None:
+        if not self.open:
+            return
+        self._out.append((memoryview(data), fds or []))
+        self._waiting += len(data)
+        if not self._writing:
+            self.write()
+
+    def write(self) -> None:
+        """Send what the client takes now."""
+        while self._out:
+            data, fds = self._out[0]
+            try:
+                if fds:
+                    sent = socket.send_fds(self.socket, [data[:SEND_SIZE]], fds)
+                else:
+                    sent = self.socket.send(data[:SEND_SIZE])
+            except BlockingIOError:
+                break
+            except OSError:
+                self._out.clear()
+                self._waiting = 0
+                break  # the reading side notices that it has gone
+            self._waiting -= sent
+            if sent == len(data):
+                self._out.popleft()
+            else:
+                self._out[0] = (data[sent:], [])
+        self._process.watch(self, bool(self._out))
+        self._writing = bool(self._out)
+
+    def ready(self, events: int) -> None:
+        """The socket can be read or written."""
+        if events & selectors.EVENT_WRITE:
+            self.write()
+        if events & selectors.EVENT_READ:
+            try:
+                data = self.socket.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._process.gone(self)
+                return
+            try:
+                for message in self._decoder.feed(data):
+                    self._process.message(self, message)
+            except WireError:
+                self._process.gone(self)
+
+
+class DomainProcess:
+    """The server side of the control protocol."""
+
+    def __init__(
+        self,
+        control: socket.socket | None,
+        listener: socket.socket | None = None,
+        make_runner: Callable[[DomainOptions, Callable[[str], None]], Runner] = Runner,
+    ) -> None:
+        self._make_runner = make_runner
+        self._selector = selectors.DefaultSelector()
+        self._connections: list[Connection] = []
+        self._listener = listener
+        self._detached = control is None
+        self._ending = False
+        self._options: DomainOptions | None = None
+        self._runner: Runner | None = None
+        self._session: AgentSession | None = None
+        self._decoder = FrameDecoder()
+        self._agent_pieces = 0
+        self._log = ConsoleLog()
+        self._panic = PanicWatch()
+        self._console_due: float | None = None
+        self._stopped: dict[str, Any] | None = None
+        self._stop_error: NonrootError | None = None
+        self._stop_waiters: list[tuple[Connection, int]] = []
+        self._began = time.monotonic()
+        if control is not None:
+            self._accept(control, primary=True)
+        if listener is not None:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ, self._listening)
+
+    def run(self) -> None:
+        """Serve until the domain is destroyed, or its client goes and nobody asked to keep it."""
+        while not self._ending:
+            timeout = None if self._console_due is None else max(0.0, self._console_due - time.monotonic())
+            if self._runner is not None and self._runner.needs_polling:
+                timeout = 0.01 if timeout is None else min(timeout, 0.01)
+            for key, events in self._selector.select(timeout):
+                key.data(events)
+                if self._ending:
+                    return
+            if self._console_due is not None and time.monotonic() >= self._console_due:
+                self._flush_console()
+            self._continue()
+
+    # ── connections ──
+
+    def _accept(self, sock: socket.socket, primary: bool) -> None:
+        connection = Connection(self, sock, primary)
+        self._connections.append(connection)
+        self._selector.register(sock, selectors.EVENT_READ, connection.ready)
+
+    def _listening(self, events: int) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(BlockingIOError):
+            sock, _ = self._listener.accept()
+            self._accept(sock, primary=False)
+
+    def watch(self, connection: Connection, writing: bool) -> None:
+        """Ask the selector whether ``connection`` can be written."""
+        if connection.open:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
+            self._selector.modify(connection.socket, events, connection.ready)
+
+    def gone(self, connection: Connection) -> None:
+        """A client has closed its end."""
+        connection.open = False
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        self._connections.remove(connection)
+        self._stop_waiters = [(c, r) for c, r in self._stop_waiters if c is not connection]
+        if self._session is not None:
+            self._session.forget(connection)
+        if connection.primary and not self._detached:
+            self._ending = True
+
+    def message(self, connection: Connection, message: Message) -> None:
+        """One message from a client."""
+        if message.kind == Kind.CONSOLE:
+            if self._runner is not None:
+                self._runner.console_input(message.body)
+        elif message.kind != Kind.JSON:
+            if self._session is not None:
+                self._session.take(connection, message.kind, message.body)
+        else:
+            self._request(connection, message.record, message.body)
+
+    def _request(self, connection: Connection, record: dict[str, Any], blob: bytes) -> None:
+        request: object = record.get("id")
+        method: object = record.get("method")
+        params: object = record.get("params", {})
+        if not isinstance(request, int) or not isinstance(method, str) or not isinstance(params, dict):
+            self.gone(connection)
+            return
+        handler: Callable[..., dict[str, Any] | None] | None = getattr(self, f"_do_{method}", None)
+        try:
+            if handler is None:
+                raise UsageError(f"a domain knows no request {method!r}")
+            result = handler(connection, request, params, blob)
+            if result is not None:
+                connection.reply(request, result)
+        except NonrootError as error:
+            connection.fail(request, error)
+        except Exception as unexpected:
+            connection.fail(request, internal(unexpected))
+
+    # ── requests ──
+
+    def _do_hello(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        return {"version": VERSION, "pid": os.getpid()}
+
+    def _do_create(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        if self._runner is not None:
+            raise NotRunningError("this process has its domain already")
+        options = DomainOptions.from_wire(params)
+        options.check()
+        runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
+        self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())
+        self._options, self._runner = options, runner
+        if options.agent:
+            self._session = AgentSession(runner, eager=options.virtual_time)
+        description: dict[str, Any] = runner.describe()
+        return description
+
+    def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        self._began = time.monotonic()
+        self._need().start()
+        return {}
+
+    def _do_attach_console(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        connection.console = bool(params.get("on", True))
+        if connection.console and params.get("replay"):
+            past = self._log.everything()
+            for at in range(0, len(past), 1 << 16):
+                connection.emit(Kind.CONSOLE, past[at : at + (1 << 16)])
+        return {}
+
+    def _do_wait_ready(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._agent().wait_ready(connection, request)
+
+    def _do_run(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._agent().run(connection, request, params)
+
+    def _do_copy_in(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._agent().copy_in(connection, request, params)
+
+    def _do_copy_out(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._agent().copy_out(connection, request, params)
+
+    def _do_end_of_input(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        if self._session is not None:
+            self._session.end_of_input(connection)
+        return {}
+
+    def _do_cancel(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        if self._session is not None:
+            self._session.cancel(connection)
+        return {}
+
+    def _do_signal(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        number = params.get("number")
+        if not isinstance(number, int) or not 1 <= number <= 64:
+            raise BadOptionError(f"there is no signal {number!r}")
+        return {"delivered": self._agent().signal(number)}
+
+    def _do_shell(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        argv = [os.fsencode(a) for a in params.get("argv", ["/bin/sh", "-l"])]
+        env = {os.fsencode(k): os.fsencode(v) for k, v in params.get("env", {}).items()}
+        self._agent().start_shell(connection, argv, env, int(params.get("rows", 0)), int(params.get("cols", 0)))
+        return {}
+
+    def _do_window_size(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        if self._session is not None:
+            self._session.window_size(int(params.get("rows", 0)), int(params.get("cols", 0)))
+        return {}
+
+    def _do_pause(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._need().pause(lambda result: connection.reply(request, {}))
+
+    def _do_unpause(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        self._need().unpause()
+        return {}
+
+    def _do_stats(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._ask(connection, request, self._need().statistics)
+
+    def _do_registers(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._ask(connection, request, self._need().registers)
+
+    def _do_memory_map(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        fds = self._need().memory_map()
+        connection.reply(request, {}, fds)
+
+    def _do_memory_write(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        runner = self._need()
+        address = params.get("address")
+        if not isinstance(address, int) or address < 0:
+            raise BadOptionError(f"{address!r} is no guest-physical address")
+        self._ask(connection, request, lambda: runner.write_memory(address, blob))
+
+    def _do_power_off(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        session = self._session
+        return {"asked": session is not None and self._stopped is None and session.power_off()}
+
+    def _do_wait(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any] | None:
+        self._need()
+        if self._stopped is not None:
+            return self._stopped
+        self._stop_waiters.append((connection, request))
+        return None
+
+    def _do_detach(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        if self._listener is None:
+            raise UsageError("a domain without a socket of its own cannot be left alone")
+        from nonroot.domain.host import keep_alive_without_parent
+
+        keep_alive_without_parent()
+        self._detached = True
+        return {}
+
+    def _do_destroy(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        connection.reply(request, {})
+        self._ending = True
+
+    def _need(self) -> Runner:
+        if self._runner is None:
+            raise NotRunningError("the domain has not been created yet")
+        return self._runner
+
+    def _agent(self) -> AgentSession:
+        self._need()
+        if self._stop_error is not None:
+            raise self._stop_error
+        if self._session is None:
+            raise UnsupportedError("this domain was made without an agent, so it cannot run commands or copy files")
+        return self._session
+
+    def _ask(self, connection: Connection, request: int, question: Callable[[], dict[str, Any]]) -> None:
+        """Answer with what ``question`` says in the vCPU's thread, between two instructions of the guest."""
+
+        def answer(result: dict[str, Any] | NonrootError) -> None:
+            if isinstance(result, NonrootError):
+                connection.fail(request, result)
+            else:
+                connection.reply(request, result)
+
+        self._need().call(question, answer)
+
+    # ── the vCPU thread's mail ──
+
+    def _mail(self) -> None:
+        runner = self._runner
+        assert runner is not None
+        for kind, content in runner.mailbox.take():
+            if kind == "console":
+                if self._console_due is None:
+                    self._console_due = time.monotonic() + CONSOLE_DELAY
+            elif kind == "agent":
+                self._agent_pieces += 1
+                self._agent_bytes(content)
+            elif kind == "space":
+                if self._session is not None:
+                    self._session.drained()
+            elif kind == "answer":
+                callback, result = content
+                callback(result)
+            elif kind == "stopped":
+                self._has_stopped(content)
+
+    def _agent_bytes(self, data: bytes) -> None:
+        session = self._session
+        if session is None or session.gone is not None:
+            return
+        try:
+            for kind, payload in self._decoder.feed(data):
+                session.frame(kind, payload)
+        except FrameError as error:
+            problem = DomainStoppedError(f"the guest's agent broke its protocol: {error}")
+            session.lost(problem)
+            for connection in self._connections:
+                connection.event("agent_lost", message=str(problem))
+
+    def _flush_console(self) -> None:
+        runner = self._runner
+        self._console_due = None
+        if runner is None:
+            return
+        attached = [c for c in self._connections if c.console]
+        if any(c.backlog() > MAX_CONSOLE_BACKLOG for c in attached):
+            self._console_due = time.monotonic() + 5 * CONSOLE_DELAY
+            return  # the vCPU thread waits once its buffer is full
+        data = runner.take_console()
+        if not data:
+            return
+        self._log.add(data)
+        if self._panic.feed(data):
+            for connection in self._connections:
+                connection.event("panic", message=self._panic.message)
+        for connection in attached:
+            connection.emit(Kind.CONSOLE, data)
+
+    def _continue(self) -> None:
+        """After every round: what waited for room goes on."""
+        session, runner = self._session, self._runner
+        if session is None or runner is None:
+            return
+        session.drained()
+        if not session.parked() and not session.congested():
+            runner.release(self._agent_pieces)
+
+    def _has_stopped(self, stop: Stop) -> None:
+        self._flush_console()
+        while self._console_due is not None:  # a client is slow; its own queue takes the rest
+            self._console_due = None
+            data = self._need().take_console()
+            self._log.add(data)
+            self._panic.feed(data)
+            for connection in self._connections:
+                if connection.console:
+                    connection.emit(Kind.CONSOLE, data)
+        reason, message, detail = stop.reason, stop.message, dict(stop.detail)
+        console = self._log.tail()
+        error: NonrootError
+        if reason == "internal":
+            error = InternalError(message, **detail, console=console)
+        elif self._panic.message and reason in ("reset", "triple_fault", "halted"):
+            reason, message = "panic", f"the guest's kernel panicked: {self._panic.message}"
+            error = GuestPanicError(message, console=console)
+        elif reason in ("triple_fault", "halted", "failure"):
+            error = GuestCrashError(message, **detail, console=console)
+        else:
+            error = DomainStoppedError(message, reason=reason, console=console)
+        self._stop_error = error
+        self._stopped = {"reason": reason, "message": message, "console": console, **detail}
+        if self._session is not None:
+            self._session.lost(error)
+        for connection, request in self._stop_waiters:
+            connection.reply(request, self._stopped)
+        self._stop_waiters.clear()
+        for connection in self._connections:
+            connection.event("stopped", **self._stopped)
+
+
+def internal(unexpected: BaseException) -> InternalError:
+    """The error for a defect of ours, with its trace for the report."""
+    trace = "".join(traceback.format_exception(unexpected))
+    return InternalError(f"nonroot itself failed: {type(unexpected).__name__}: {unexpected}", trace=trace[-8000:])

@@ -1,0 +1,353 @@
+"""The vCPU's thread of a domain's process, and the machine in it.
+
+Everything that the guest does reaches the process's loop through the mailbox; everything that the loop wants of the
+machine is handed over with :meth:`Runner.call` and done between two instructions of the guest.
+
+In virtual time the guest must not notice how fast this machine is: the thread stands still after each piece that the
+agent sent, until the loop has acted on it (:meth:`Runner.release`).
+"""
+
+import base64
+import os
+import resource
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
+from nonroot.domain.mailbox import Mailbox
+from nonroot.domain.options import DomainOptions
+from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
+
+__all__ = ["Runner", "Stop"]
+
+VIRTUAL_TIME = (1, 1)
+"""ns per instruction: a guest of 1000 million instructions per second."""
+VIRTUAL_BASE_NS = 1_735_689_600 * 1_000_000_000
+"""UTC at power-on in virtual time: 2025-01-01."""
+MAX_CONSOLE = 1 << 18
+"""With more console output than this waiting, the guest waits."""
+MAX_KEYS = 1 << 20
+"""Console input beyond this that the guest has not read is dropped."""
+MAX_FILE = 8 << 30
+HELLO = 0x81
+_RUN = struct.Struct("<QQIQ")
+
+Answer = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How a machine stopped for good."""
+
+    reason: str
+    """``poweroff``, ``reset``, ``triple_fault``, ``failure`` or ``internal``."""
+    message: str
+    """One sentence."""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """One machine and the thread that runs it."""
+
+    def __init__(self, options: DomainOptions, progress: Callable[[str], None]) -> None:
+        """Build the machine. BadFileError, BadOptionError and their relatives for what cannot be booted."""
+        from nonroot.engines import select
+        from nonroot.hvm.machine import Machine, MachineConfig, Outputs
+        from nonroot.hvm.memory_map import MemorySizeError
+
+        self.mailbox = Mailbox()
+        self._options = options
+        self._choice = select.choose(options.engine)
+        engine = select.create(self._choice.engine)
+        progress("loading the kernel")
+        kernel = _read(options.kernel or "", "kernel")
+        initrd = None if options.initrd is None else _read(options.initrd, "initrd")
+        if options.agent:
+            initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
+        self._command_line = command_line(options)
+        config = MachineConfig(
+            memory_bytes=options.memory,
+            kernel=kernel,
+            cmdline=self._command_line,
+            initrd=initrd,
+            protocol=options.protocol,
+            base_wall_ns=VIRTUAL_BASE_NS if options.virtual_time else time.time_ns(),
+            agent=options.agent,
+            scramble_seed=options.scramble_seed,
+            virtual_time=VIRTUAL_TIME if options.virtual_time else None,
+            engine_off=frozenset(options.off),
+        )
+        outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
+        try:
+            self._machine = Machine(config, engine, outputs)
+        except MemorySizeError as error:
+            raise BadOptionError(str(error)) from None
+        self._eager = options.virtual_time
+        self._pieces = 0  # that the agent has sent
+        self._released = 0  # that the loop has acted on
+        self._changed = threading.Condition()
+        self._console = bytearray()
+        self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
+        self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
+        self._by_serial: bool | None = None
+        self._state = "created"
+        self._paused = False
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._thread: threading.Thread | None = None
+
+    # ── for the process's loop ──
+
+    def describe(self) -> dict[str, Any]:
+        """What was made."""
+        plan = self._machine.plan
+        return {
+            "engine": self._choice.engine,
+            "reason": self._choice.reason,
+            "protocol": plan.protocol,
+            "protocol_reason": plan.reason,
+            "kernel": self._options.kernel,
+            "initrd": self._options.initrd,
+            "command_line": self._command_line,
+            "memory": self._options.memory,
+            "virtual_time": self._options.virtual_time,
+        }
+
+    def start(self) -> None:
+        """Power on."""
+        if self._thread is not None:
+            return
+        self._began = time.monotonic()
+        self._state = "running"
+        self._thread = threading.Thread(target=self._run, name="vcpu0", daemon=True)
+        self._thread.start()
+
+    def call(self, question: Callable[[], Any], answer: Answer) -> None:
+        """Have ``question`` asked in the vCPU's thread; ``answer`` gets its result, or a NonrootError, in the loop."""
+        if self._thread is None:
+            answer(_ask(question))
+            return
+        with self._changed:
+            self._calls.append((question, answer))
+            self._changed.notify_all()
+        self._machine.post(self._serve)
+
+    def pause(self, answer: Answer) -> None:
+        """Stop the guest and its time; ``answer`` is called when it stands."""
+        if not self._paused:
+            self._paused = True
+            self._machine.pause()
+        self.call(dict, answer)
+
+    def unpause(self) -> None:
+        """Let it go on."""
+        if self._paused:
+            self._paused = False
+            self._machine.resume()
+
+    def send(self, data: bytes) -> None:
+        """Bytes for the agent."""
+        with self._changed:
+            self._to_guest += len(data)
+        self._machine.post(lambda: self._hand_over(data))
+
+    def waiting(self) -> int:
+        """Bytes that the agent has not read yet."""
+        machine = self._machine
+        queued = machine.console_backlog(1) if self._by_serial else machine.agent_backlog()
+        return self._to_guest + queued
+
+    @property
+    def needs_polling(self) -> bool:
+        """The serial line does not tell when it has room: look again soon."""
+        return bool(self._by_serial) and self.waiting() > 0
+
+    def release(self, pieces: int) -> None:
+        """In virtual time: the guest may go on if it has sent no more than so many pieces."""
+        if self._eager and pieces != self._released:
+            with self._changed:
+                self._released = pieces
+                self._changed.notify_all()
+
+    def console_input(self, data: bytes) -> None:
+        """Keys for the console."""
+        if self._machine.console_backlog(0) < MAX_KEYS:
+            self._machine.console_input(data)
+
+    def take_console(self) -> bytes:
+        """Console output since the last call."""
+        with self._changed:
+            data = bytes(self._console)
+            self._console.clear()
+            self._changed.notify_all()
+        return data
+
+    def memory_map(self) -> list[int]:
+        """Descriptors: first the p2m as records (gfn, count, backing, offset), then the backings, read-only."""
+        runs = b"".join(
+            _RUN.pack(gfn, count, backing, offset) for gfn, count, backing, offset, _ in self._machine.memory.runs()
+        )
+        fd = os.memfd_create("nonroot-p2m", os.MFD_CLOEXEC)
+        os.write(fd, runs)
+        return [fd, *self._machine.memory_files]
+
+    # ── questions, asked through call ──
+
+    def statistics(self) -> dict[str, Any]:
+        """What the client's Statistics has."""
+        machine = self._machine
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        counters = machine.statistics()
+        exits = {k.removeprefix("exit."): v for k, v in counters.items() if k.startswith("exit.")}
+        engine = dict(machine.vcpu.statistics())
+        engine |= {k: v for k, v in counters.items() if not k.startswith("exit.")}
+        return {
+            "state": "paused" if self._paused and self._state == "running" else self._state,
+            "instructions": machine.vcpu.retired(),
+            "machine_seconds": machine.vcpu.now_ns() / 1e9,
+            "wall_seconds": (self._ended or time.monotonic()) - self._began,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "exits": exits,
+            "engine": engine,
+        }
+
+    def registers(self) -> dict[str, Any]:
+        """The vCPU's state record, in base64."""
+        return {"record": base64.b64encode(self._machine.vcpu.state().to_bytes()).decode()}
+
+    def write_memory(self, address: int, data: bytes) -> dict[str, Any]:
+        """Write like DMA."""
+        try:
+            self._machine.memory.write(address, data)
+        except (ValueError, OverflowError) as error:
+            raise BadOptionError(str(error)) from None
+        return {}
+
+    # ── the vCPU's thread ──
+
+    def _run(self) -> None:
+        try:
+            stop = self._run_machine()
+        except BaseException as unexpected:
+            import traceback
+
+            trace = "".join(traceback.format_exception(unexpected))
+            stop = Stop("internal", f"nonroot itself failed: {unexpected!r}", {"trace": trace[-8000:]})
+        self._state = "stopped"
+        self._ended = time.monotonic()
+        self.mailbox.post("stopped", stop)
+        while True:  # answer questions about what is left
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._calls))
+            self._serve()
+
+    def _run_machine(self) -> Stop:
+        from nonroot.hvm.outcome import Reason
+
+        while True:
+            outcome = self._machine.run()
+            if outcome.reason == Reason.POWER_OFF:
+                return Stop("poweroff", "the guest powered off")
+            if outcome.reason == Reason.RESET:
+                return Stop("reset", "the guest reset the machine")
+            if outcome.reason == Reason.TRIPLE_FAULT:
+                return Stop("triple_fault", "the guest crashed with a triple fault", self._where())
+            if outcome.reason == Reason.FAILURE:
+                return Stop("failure", f"the guest cannot go on: {outcome.detail}", self._where())
+
+    def _where(self) -> dict[str, Any]:
+        state = self._machine.vcpu.state()
+        return {"rip": state.rip, "cr0": state.cr0, "cr2": state.cr2, "cr3": state.cr3}
+
+    def _serve(self) -> None:
+        while self._calls:
+            question, answer = self._calls.popleft()
+            self.mailbox.post("answer", (answer, _ask(question)))
+
+    def _hand_over(self, data: bytes) -> None:
+        if self._by_serial:
+            self._machine.console_input(data, 1)
+        else:
+            self._machine.agent_input(data)
+        # Both put the bytes into the machine's queue when the machine next looks at what was posted, which is now.
+        self._machine.post(lambda: self._handed_over(len(data)))
+
+    def _handed_over(self, size: int) -> None:
+        with self._changed:
+            self._to_guest -= size
+
+    def _serial(self, number: int, data: bytes) -> None:
+        if number == 0:
+            with self._changed:
+                if len(self._console) >= MAX_CONSOLE:
+                    self._wait(lambda: len(self._console) < MAX_CONSOLE)
+                first = not self._console
+                self._console += data
+            if first:
+                self.mailbox.post("console")
+        elif number == 1:
+            if self._by_serial is None and data[:1] == bytes((HELLO,)):
+                self._by_serial = True
+            if self._by_serial:
+                self._to_loop(data)
+
+    def _from_agent(self, data: bytes) -> None:
+        if self._by_serial is None:
+            self._by_serial = False
+        if not self._by_serial:
+            self._to_loop(data)
+
+    def _to_loop(self, data: bytes) -> None:
+        self._pieces += 1
+        self.mailbox.post("agent", data, len(data))
+        if self._eager:
+            with self._changed:
+                self._wait(lambda: self._released >= self._pieces)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Stand still (with the lock held) until ``condition``, but answer questions meanwhile."""
+        while True:
+            self._changed.wait_for(lambda: condition() or bool(self._calls))
+            if condition():
+                return
+            self._changed.release()
+            try:
+                self._serve()
+            finally:
+                self._changed.acquire()
+
+
+def command_line(options: DomainOptions) -> str:
+    """The kernel's command line; the user's part comes last, so that it wins."""
+    words = ["console=ttyS0", "panic=-1", "cryptomgr.notests"]
+    if options.quiet:
+        words.append("quiet")
+    if options.agent:
+        words.append(f"rdinit={AGENT_PATH}")
+    return " ".join([*words, options.append]).strip()
+
+
+def _ask(question: Callable[[], Any]) -> Any:
+    try:
+        return question()
+    except NonrootError as error:
+        return error
+    except Exception as unexpected:
+        return InternalError(f"nonroot itself failed: {unexpected!r}")
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise BadFileError(f"the {what} {path} has {size} bytes, which is too much")
+            return file.read()
+    except OSError as error:
+        raise BadFileError(f"the {what} {path} cannot be read: {(error.strerror or str(error)).lower()}") from None
