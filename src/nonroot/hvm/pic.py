@@ -4,7 +4,7 @@ Source: Intel 8259A datasheet (231468), 82371AB (PIIX4) datasheet for ELCR.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Final
 
 from nonroot.hvm.device import NO_EVENTS, Events, StateError, StateRecord, array, expect
@@ -82,10 +82,13 @@ class PicState(StateRecord):
                 raise StateError("pic state: icw_step 1 does not exist")
 
 
+_FIELDS: Final = tuple(f.name for f in fields(PicState))
+
+
 class _Chip:
     """One 8259A. Attributes are the fields of :class:`PicState`."""
 
-    __slots__ = tuple(PicState.__dataclass_fields__)
+    __slots__ = _FIELDS
     irr: int
     isr: int
     imr: int
@@ -300,7 +303,7 @@ class PicPair:
 
     def state(self) -> PicState:
         """Both chips."""
-        return PicState(*((getattr(self._master, f), getattr(self._slave, f)) for f in PicState.__dataclass_fields__))
+        return PicState(*((getattr(self._master, f), getattr(self._slave, f)) for f in _FIELDS))
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; drives INTR."""
@@ -308,10 +311,10 @@ class PicPair:
         self._update()
 
     def _load(self, state: PicState) -> None:
-        for f in PicState.__dataclass_fields__:
-            self_master, self_slave = getattr(state, f)
-            setattr(self._master, f, self_master)
-            setattr(self._slave, f, self_slave)
+        for f in _FIELDS:
+            master, slave = getattr(state, f)
+            setattr(self._master, f, master)
+            setattr(self._slave, f, slave)
 
     def _poll(self, chip: _Chip) -> int:
         line = chip.pending(1 << CASCADE if chip is self._master else 0)

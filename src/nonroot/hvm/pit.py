@@ -4,7 +4,7 @@ Counting is a function of machine time: nothing ticks. Counter 0's output is ISA
 Source: Intel 82C54 datasheet (231244); port 0x61: 82371SB (PIIX3) datasheet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Final
 
 from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine, StateError, StateRecord, array, expect, flag, i64, u8
@@ -71,7 +71,7 @@ class PitState(StateRecord):
             raise StateError("pit state: counting without a count")
 
 
-_COUNTER_FIELDS: Final = tuple(f for f in PitState.__dataclass_fields__ if f not in ("seen", "line", "port_b"))
+_COUNTER_FIELDS: Final = tuple(f.name for f in fields(PitState) if f.name not in ("seen", "line", "port_b"))
 
 
 class _Counter:

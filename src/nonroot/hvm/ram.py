@@ -12,9 +12,7 @@ from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
 __all__ = ["close_files", "create_ram"]
 
 
-def create_ram(
-    memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None
-) -> Memory:
+def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None) -> Memory:
     """
     RAM as ``memory_map`` says, zeroed.
 
