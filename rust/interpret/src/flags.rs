@@ -271,8 +271,8 @@ impl Flags {
     }
 
     /// SHLD of `a` with bits from `b`, by a masked count. Undefined in the
-    /// manuals: AF is set; OF is MSB xor CF for every count; 16-bit counts
-    /// above 16 rotate `b` and clear CF and OF.
+    /// manuals: AF is set; OF is CF xor the MSB of `a` shifted alone for every
+    /// count; 16-bit counts above 16 rotate `b` and clear CF and OF.
     #[inline(always)]
     pub fn shld(self, a: u64, b: u64, count: u32, size: usize) -> (u64, Self) {
         if count == 0 {
@@ -286,7 +286,7 @@ impl Flags {
         let wide = (u128::from(a) << bits | u128::from(b)) << count;
         let r = (wide >> bits) as u64 & mask(size);
         let cf = a >> (bits - count) & 1 != 0;
-        let of = (r >> (bits - 1) & 1 != 0) != cf;
+        let of = (a << count >> (bits - 1) & 1 != 0) != cf;
         (r, Self::of_result(r, Self::carries(cf, of, true), size))
     }
 

@@ -91,7 +91,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// BEXTR. Undefined in the manuals: AF is set, SF and PF follow the result.
+    /// BEXTR. Undefined in the manuals: AF is set, SF clear, PF follows the result.
     pub(super) fn op_bextr(&mut self, i: &Instruction) -> X {
         self.check_vex(i)?;
         let size = self.operand_size(i, 0);
@@ -101,7 +101,8 @@ impl Cpu {
         let shifted = value.checked_shr(start).unwrap_or(0);
         let r = if len < 64 { shifted & ((1u64 << len) - 1) } else { shifted };
         self.write_reg(i.op_register(0), r);
-        self.r.flags = Flags::result(r, false, false, true, size);
+        let flags = Flags::result(r, false, false, true, size);
+        self.r.flags = Flags { sp: flags.sp & !(1 << 63), ..flags };
         Ok(())
     }
 

@@ -17,6 +17,8 @@ pub mod random;
 mod shifts;
 mod stack;
 mod strings;
+#[cfg(test)]
+mod tests;
 mod transfer;
 
 use crate::cpu::Cpu;
