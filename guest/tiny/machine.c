@@ -106,7 +106,7 @@ static u64 read64(const u8 *p) { u64 v; memcpy(&v, p, 8); return v; }
 static void find_s5(const u8 *dsdt)
 {
     u32 size = read32(dsdt + 4);
-    for (u32 i = 36; i + 12 < size; i++) {
+    for (u32 i = 36; i + 9 <= size; i++) {
         if (!same((const char *)dsdt + i, "_S5_\x12", 5))
             continue;
         const u8 *p = dsdt + i + 5;
