@@ -91,12 +91,16 @@ impl Cpu {
         if size == 4 && flags & rflags::VM != 0 && self.cpl == 0 && !self.lma() {
             return self.iret_to_v86(rip, cs, flags);
         }
-        let d = self.return_code_segment(cs)?;
-        let cpl = rpl(cs);
-        // 64-bit mode always pops SS:RSP.
-        let with_stack = cpl != self.cpl || self.mode == Mode::Long64;
         let mut stack = self.stack_in_use();
         let at = |n: usize| stack.sp.wrapping_add((n * size) as u64) & stack.mask();
+        if self.mode == Mode::Long64 {
+            // 64-bit mode always pops SS:RSP, and before it looks at anything.
+            self.load(seg::SS, at(3), size)?;
+            self.load(seg::SS, at(4), size)?;
+        }
+        let d = self.return_code_segment(cs)?;
+        let cpl = rpl(cs);
+        let with_stack = cpl != self.cpl || self.mode == Mode::Long64;
         if with_stack {
             let sp = self.load(seg::SS, at(3), size)?;
             let ss = self.load(seg::SS, at(4), size)? as u16;

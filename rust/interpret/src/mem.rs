@@ -124,8 +124,11 @@ impl Cpu {
         self.store_bytes_lin(seg, lin, &value.to_le_bytes()[..size], false)
     }
 
-    fn check_alignment(&mut self, lin: u64, size: usize) -> X {
-        if self.tlb.context == context::CHECKED && lin & (size as u64 - 1) != 0 {
+    /// #AC where it is on. CPUs may leave operands of 16 bytes and more unchecked (SDM 3A 6.15,
+    /// interrupt 17), and this one does.
+    pub(crate) fn check_alignment(&mut self, lin: u64, size: usize) -> X {
+        let checked = self.tlb.context == context::CHECKED && matches!(size, 2 | 4 | 8);
+        if checked && lin & (size as u64 - 1) != 0 {
             return Err(self.fault(vector::AC, Some(0)));
         }
         Ok(())
@@ -466,7 +469,8 @@ impl Cpu {
             }
         } else {
             self.probe(lin, access)?;
-            self.probe(self.wrap(lin.wrapping_add(size as u64 - 1)), access)?;
+            // The fault address of the second page is its first byte.
+            self.probe(self.wrap((lin | 0xfff).wrapping_add(1)), access)?;
         }
         let old = self.load_slow(segment, lin, size)?;
         let new = f(old);

@@ -336,7 +336,8 @@ impl Cpu {
             _ => None,
         };
         if let Some(d) = found {
-            self.write_reg(i.op0_register(), d.raw >> 32 & 0xf0_ff00);
+            // The manual leaves bits 19:16 undefined; CPUs give the limit's.
+            self.write_reg(i.op0_register(), d.raw >> 32 & 0xff_ff00);
         }
         self.set_zf(found.is_some());
         Ok(())

@@ -92,6 +92,7 @@ impl Cpu {
             unsafe { std::ptr::copy_nonoverlapping(host, out.as_mut_ptr(), out.len()) };
             return Ok(());
         }
+        self.check_alignment(lin, out.len())?;
         self.load_bytes_lin(segment, lin, out, false)
     }
 
@@ -103,6 +104,7 @@ impl Cpu {
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
             return Ok(());
         }
+        self.check_alignment(lin, data.len())?;
         self.store_bytes_lin(segment, lin, data, false)
     }
 

@@ -43,7 +43,8 @@ pub(crate) enum Form {
 pub(crate) fn plain_register(r: Register) -> Option<u8> {
     match r {
         Register::AH | Register::CH | Register::DH | Register::BH => None,
-        _ if r.is_gpr() => Some(r.number() as u8),
+        // By the full register: iced numbers SPL..R15B from 8 on.
+        _ if r.is_gpr() => Some(r.full_register().number() as u8),
         _ => None,
     }
 }
