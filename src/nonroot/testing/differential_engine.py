@@ -19,6 +19,8 @@ from nonroot.testing.generator_codes import host_flags
 #: Linux's GDT as user code sees it: entries 4, 5, 6 (32-bit code, data, 64-bit code); 2 and 3 are the kernel's.
 GDT = (0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
 GDT_ENTRIES = 16
+#: Offset of the TSS in the GDT's page.
+_TSS = 0x800
 
 _CODE64 = (0x33, 0, 0xFFFF_FFFF, 0xA0FB)
 _CODE32 = (0x23, 0, 0xFFFF_FFFF, 0xC0FB)
@@ -65,6 +67,8 @@ class EngineCpu:
         self._gdt_linear = 0xFFFF_8000_0000_0000
         gdt = self._map(self._gdt_linear, _P | _W | _NX)
         self._ram[gdt : gdt + 8 * len(GDT)] = struct.pack(f"<{len(GDT)}Q", *GDT)
+        # A TSS without an I/O permission bitmap: its base (offset 0x66) lies beyond the limit.
+        self._ram[gdt + _TSS + 0x66 : gdt + _TSS + 0x68] = b"\xff\xff"
         for gpa in self._code:
             self._ram[gpa : gpa + PAGE] = bytes([END]) * PAGE
         policy = CpuPolicy.build(host_flags(), enable=_features() & {"sha_ni", "vaes", "vpclmulqdq", "gfni"})
@@ -155,7 +159,7 @@ class EngineCpu:
             (0, case.fs_base, 0, _NULL),
             (0, case.gs_base, 0, _NULL),
             (0, 0, 0, _NULL),
-            (0x40, 0, 0x67, 0x8B),
+            (0x40, self._gdt_linear + _TSS, 0x67, 0x8B),
         )
         state["gpr"] = tuple(case.gpr)
         state["rip"] = case.rip

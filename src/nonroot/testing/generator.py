@@ -293,7 +293,8 @@ class _Sequence:
                     instruction.segment_prefix = random.choice((Register.DS, Register.ES, Register.FS, Register.GS))  # type: ignore[assignment]
             else:
                 raise AssertionError(f"{code.name}: operand kind {kind} is not handled")
-        if code.string and code.repeatable and random.random() < 0.65:
+        # Whether REP INS and REP OUTS of nothing check the port's permission is left to the CPU.
+        if code.string and code.repeatable and not code.system and random.random() < 0.65:
             if random.random() < 0.5:
                 instruction.has_rep_prefix = True
             else:

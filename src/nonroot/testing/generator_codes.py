@@ -39,13 +39,14 @@ UNCOMPARABLE = frozenset({
 #: Vendors differ, so that a host's answer judges nothing.
 #: * far pointers with 64-bit offsets: AMD ignores REX.W there;
 #: * UD0: AMD has no ModRM byte after it, which shows where the instruction crosses into a missing page;
+#: * 0F 0D with a register: #UD on AMD, a no-operation on Intel;
 #: * loads of FS and GS: AMD keeps the base when a null selector is loaded;
 #: * BSWAP of 16 bits and MOVSXD to 16 bits: undefined, or of another operand size.
 VENDOR_DEPENDENT = frozenset({
     "JMP_M1664", "CALL_M1664", "LSS_R64_M1664", "LFS_R64_M1664", "LGS_R64_M1664", "LFS_R16_M1616", "LFS_R32_M1632",
     "LGS_R16_M1616", "LGS_R32_M1632", "POPW_FS", "POPW_GS", "POPD_FS", "POPD_GS", "POPQ_FS", "POPQ_GS", "BSWAP_R16",
     "MOVSXD_R16_RM16",
-    *(name for name in dir(Code) if name.startswith("UD0_")),
+    *(name for name in dir(Code) if name.startswith("UD0_") or name.endswith("_0F0D")),
 })  # fmt: skip
 
 #: iced's feature -> flag of /proc/cpuinfo ("" for what every x86-64 has).

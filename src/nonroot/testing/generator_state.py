@@ -82,7 +82,7 @@ def vector_state(random: Random) -> bytes:
     area = bytearray(XSAVE_BYTES)
     control = 0x37F
     if random.random() < 0.3:
-        control = 0x3F | random.choice((0, 0x200, 0x300)) | random.randrange(4) << 10
+        control = 0x7F | random.choice((0, 0x200, 0x300)) | random.randrange(4) << 10
     status = 0
     if random.random() < 0.08:  # an unmasked exception, sometimes already pending
         control &= ~random.getrandbits(6)
