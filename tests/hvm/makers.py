@@ -35,6 +35,10 @@ class Outside:
             self.edges += 1
         self.level = level
 
+    def high(self) -> bool:
+        """The line's level."""
+        return self.level
+
     def event(self, device: str, name: str, detail: int) -> None:
         self.events.append((device, name, detail))
 

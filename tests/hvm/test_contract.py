@@ -40,7 +40,7 @@ def act(device: Device, outside: Outside, kind: Kind, script: list[Action]) -> l
             pass_time(device, outside, value * 7)
         else:
             poke(device, value)
-        seen.append(int(outside.level))
+        seen.append(int(outside.high()))
     return seen
 
 
@@ -113,7 +113,7 @@ def test_snapshot_and_restore_are_exact(device_type: type, script: list[Action],
     other.from_state(type(record).unpack(packed))
     assert other.state() == record
     assert other.state().pack() == packed
-    assert elsewhere.level == outside.level
+    assert elsewhere.level == outside.high()
     # What follows is the same on both.
     assert act(device, outside, kind, later) == act(other, elsewhere, kind, later)
     assert device.state() == other.state()
@@ -132,7 +132,7 @@ def test_reset_gives_the_state_of_a_new_device(device_type: type) -> None:
         assert getattr(now, "reg_b") & 0x70 == 0  # noqa: B009
     else:
         assert device.state() == fresh
-    assert not outside.level
+    assert not outside.high()
 
 
 @every_device

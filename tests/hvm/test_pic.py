@@ -29,18 +29,18 @@ def outside() -> Outside:
 def test_each_line_gives_its_vector(outside: Outside, irq: int) -> None:
     pic = make(outside)
     pic.set_line(irq, True)
-    assert outside.level
+    assert outside.high()
     assert pic.acknowledge() == 0x20 + irq
-    assert not outside.level
+    assert not outside.high()
 
 
 def test_masked_line_waits(outside: Outside) -> None:
     pic = make(outside, masks=(0xFF, 0xFF))
     pic.set_line(4, True)
-    assert not outside.level
+    assert not outside.high()
     assert pic.read(M, 1) == 1 << 4
     pic.write(MD, 1, 0xEF)
-    assert outside.level
+    assert outside.high()
     assert pic.acknowledge() == 0x24
 
 
@@ -50,10 +50,10 @@ def test_edge_needs_a_new_edge(outside: Outside) -> None:
     pic.acknowledge()
     pic.write(M, 1, 0x20)
     pic.set_line(4, True)
-    assert not outside.level
+    assert not outside.high()
     pic.set_line(4, False)
     pic.set_line(4, True)
-    assert outside.level
+    assert outside.high()
 
 
 def test_level_line_requests_again_after_eoi(outside: Outside) -> None:
@@ -64,9 +64,9 @@ def test_level_line_requests_again_after_eoi(outside: Outside) -> None:
     assert pic.acknowledge() == 0x29
     pic.write(S, 1, 0x20)
     pic.write(M, 1, 0x20)
-    assert outside.level
+    assert outside.high()
     pic.set_line(9, False)
-    assert not outside.level
+    assert not outside.high()
 
 
 def test_elcr_keeps_fixed_edge_lines(outside: Outside) -> None:
@@ -81,7 +81,7 @@ def test_lower_priority_waits_for_eoi_higher_does_not(outside: Outside) -> None:
     pic.set_line(4, True)
     assert pic.acknowledge() == 0x24
     pic.set_line(5, True)
-    assert not outside.level
+    assert not outside.high()
     pic.set_line(1, True)
     assert pic.acknowledge() == 0x21
     pic.write(M, 1, 0x0B)
@@ -98,7 +98,7 @@ def test_slave_blocks_its_own_lower_lines_only_until_eoi(outside: Outside) -> No
     pic.set_line(12, True)
     assert pic.acknowledge() == 0x2C
     pic.set_line(8, True)  # higher on the slave, but the master still serves its input 2
-    assert not outside.level
+    assert not outside.high()
     pic.write(M, 1, 0x62)
     assert pic.acknowledge() == 0x28
 
@@ -108,7 +108,7 @@ def test_special_fully_nested_master_lets_slave_nest(outside: Outside) -> None:
     pic.set_line(12, True)
     assert pic.acknowledge() == 0x2C
     pic.set_line(8, True)
-    assert outside.level
+    assert outside.high()
     assert pic.acknowledge() == 0x28
 
 
@@ -117,7 +117,7 @@ def test_spurious_interrupts(outside: Outside) -> None:
     pic.write(ME, 1, 0x20)
     pic.set_line(5, True)
     pic.set_line(5, False)
-    assert not outside.level
+    assert not outside.high()
     assert pic.acknowledge() == 0x27
     pic.write(M, 1, 0x0B)
     assert pic.read(M, 1) == 0
@@ -128,7 +128,7 @@ def test_spurious_slave_interrupt_is_in_service_on_the_master(outside: Outside) 
     pic = make(outside)
     pic.set_line(12, True)
     pic.write(SD, 1, 0xFF)  # masked between request and acknowledge
-    assert not outside.level
+    assert not outside.high()
     assert pic.acknowledge() == 0x27
 
 
@@ -172,15 +172,15 @@ def test_special_mask_mode_lets_lower_lines_in(outside: Outside) -> None:
     pic.set_line(1, True)
     pic.acknowledge()
     pic.set_line(6, True)
-    assert not outside.level
+    assert not outside.high()
     pic.write(MD, 1, 0x02)
-    assert not outside.level
+    assert not outside.high()
     pic.write(M, 1, 0x68)
-    assert outside.level
+    assert outside.high()
     assert pic.acknowledge() == 0x26
     pic.write(M, 1, 0x48)
     pic.set_line(7, True)
-    assert not outside.level
+    assert not outside.high()
 
 
 def test_poll_acknowledges(outside: Outside) -> None:
@@ -190,7 +190,7 @@ def test_poll_acknowledges(outside: Outside) -> None:
     pic.set_line(6, True)
     pic.write(M, 1, 0x0C)
     assert pic.read(M, 1) == 0x86
-    assert not outside.level
+    assert not outside.high()
     pic.write(M, 1, 0x0B)
     assert pic.read(M, 1) == 1 << 6
 
@@ -228,9 +228,9 @@ def test_intr_falls_when_a_level_request_is_withdrawn(outside: Outside) -> None:
     pic = make(outside)
     pic.write(SE, 1, 0x0E)
     pic.set_line(10, True)
-    assert outside.level
+    assert outside.high()
     pic.set_line(10, False)
-    assert not outside.level
+    assert not outside.high()
     assert not pic.pending()
 
 
@@ -241,5 +241,5 @@ def test_two_slave_requests_are_served_in_turn(outside: Outside) -> None:
     assert pic.acknowledge() == 0x28
     pic.write(S, 1, 0x20)
     pic.write(M, 1, 0x20)
-    assert outside.level
+    assert outside.high()
     assert pic.acknowledge() == 0x2C

@@ -58,9 +58,9 @@ def test_mode_0_counts_once(bench: Bench) -> None:
     bench.program(0, 0, 100)
     assert not bench.out(0)
     bench.at(100)
-    assert not bench.outside.level
+    assert not bench.outside.high()
     bench.at(101)
-    assert bench.outside.level
+    assert bench.outside.high()
     assert bench.out(0)
     bench.at(10_000)
     assert bench.outside.edges == 1

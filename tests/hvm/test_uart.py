@@ -70,41 +70,41 @@ def test_read_only_registers(uart: Port, outside: Outside, register: int) -> Non
 
 def test_thre_interrupt_rises_when_enabled_and_falls_by_reading_iir(uart: Port, outside: Outside) -> None:
     uart.put(IER, 0x02)
-    assert outside.level
+    assert outside.high()
     assert uart.get(IIR) == 0x02
-    assert not outside.level
+    assert not outside.high()
     assert uart.get(IIR) == 0x01
     uart.put(DATA, 0x41)
-    assert outside.level
+    assert outside.high()
     uart.put(IER, 0x00)
-    assert not outside.level
+    assert not outside.high()
     uart.put(IER, 0x02)  # again a rising enable: again an interrupt
-    assert outside.level
+    assert outside.high()
 
 
 def test_writing_ier_again_does_not_raise_thre(uart: Port, outside: Outside) -> None:
     uart.put(IER, 0x02)
     uart.get(IIR)
     uart.put(IER, 0x03)
-    assert not outside.level
+    assert not outside.high()
 
 
 def test_out2_connects_the_interrupt(uart: Port, outside: Outside) -> None:
     uart.put(IER, 0x02)
     uart.put(MCR, 0x03)
-    assert not outside.level
+    assert not outside.high()
     uart.put(MCR, 0x08)
-    assert outside.level
+    assert outside.high()
 
 
 def test_receive_without_fifo(uart: Port, outside: Outside) -> None:
     uart.put(IER, 0x01)
     assert uart.receive(b"ab") == 1
-    assert outside.level
+    assert outside.high()
     assert uart.get(IIR) == 0x04
     assert uart.get(LSR) == 0x61
     assert uart.get(DATA) == ord("a")
-    assert not outside.level
+    assert not outside.high()
     assert outside.calls == [()]
     assert uart.get(DATA) == 0
 
@@ -122,27 +122,27 @@ def test_trigger_levels(uart: Port, outside: Outside, bits: int, level: int) -> 
     uart.put(IIR, bits << 6 | 0x01)
     uart.put(IER, 0x01)
     for n in range(level):
-        assert not outside.level
+        assert not outside.high()
         uart.receive(bytes([n]))
     assert uart.get(IIR) == 0xC4
     uart.get(DATA)
-    assert not outside.level
+    assert not outside.high()
 
 
 def test_receive_timeout(uart: Port, outside: Outside) -> None:
     uart.put(IIR, 0x81)
     uart.put(IER, 0x01)
     uart.receive(b"x")
-    assert not outside.level
+    assert not outside.high()
     deadline = uart.deadline()
     assert deadline == RX_TIMEOUT_NS
     uart.advance(deadline - 1)
-    assert not outside.level
+    assert not outside.high()
     uart.advance(deadline)
     assert uart.get(IIR) == 0xCC
-    assert outside.level
+    assert outside.high()
     uart.get(DATA)
-    assert not outside.level
+    assert not outside.high()
     assert uart.deadline() is None
 
 
@@ -210,11 +210,11 @@ def test_overrun_interrupt_has_the_highest_priority(uart: Port) -> None:
 def test_modem_changes(uart: Port, outside: Outside, lines: int, delta: int) -> None:
     uart.put(IER, 0x08)
     uart.set_modem_lines(lines)
-    assert outside.level == bool(delta)
+    assert outside.high() == bool(delta)
     if delta:
         assert uart.get(IIR) == 0x00
     assert uart.get(MSR) == lines | delta
-    assert not outside.level
+    assert not outside.high()
     assert uart.get(MSR) == lines
 
 
