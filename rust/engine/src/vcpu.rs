@@ -150,7 +150,9 @@ impl Vcpu {
     fn wait(&self, py: Python<'_>, deadline_ns: Option<u64>) -> PyResult<bool> {
         let mut inner = self.inner()?;
         let vcpu = &mut inner.vcpu;
-        Ok(py.detach(|| vcpu.wait(deadline_ns)))
+        let runnable = py.detach(|| vcpu.wait(deadline_ns));
+        self.remember_clock(&inner);
+        Ok(runnable)
     }
 
     fn set_pic_line(&self, asserted: bool) {

@@ -197,10 +197,14 @@ impl Vcpu {
             }
             match until {
                 Some(t) if t <= now => {}
-                Some(t) => {
-                    let nap = Duration::from_nanos(t - now);
-                    drop(mailbox.wake.wait_timeout(guard, nap).unwrap());
-                }
+                Some(t) => match &mut self.cpu.clock {
+                    // Virtual time is not slept away: it moves on at once.
+                    Clock::Virtual { base, .. } => *base += t - now,
+                    Clock::Host { .. } => {
+                        let nap = Duration::from_nanos(t - now);
+                        drop(mailbox.wake.wait_timeout(guard, nap).unwrap());
+                    }
+                },
                 None => drop(mailbox.wake.wait(guard).unwrap()),
             }
         }
