@@ -28,6 +28,7 @@ extern u64 gdt[], page_pdpt[], user_return_rsp;
 extern char vector_stubs[], user_code[], user_code_end[], leave_user[];
 u64 enter_user(u64 rip, u64 rsp);
 void tiny_trap(struct trap_frame *frame);
+static void power_off(u8 status);
 
 static struct gate idt[256];
 static struct tss tss;
@@ -90,9 +91,7 @@ void tiny_trap(struct trap_frame *frame)
     put(", CR2 ");
     put_hex(fault_address, 0);
     put("\n");
-    out8(EXIT_PORT, 125);
-    for (;;)
-        __asm__ volatile("cli; hlt");
+    power_off(125);
 }
 
 static void set_up_tables(void)
@@ -306,6 +305,7 @@ static void echo_input(void)
 {
     out8(PIC1_DATA, 0xef); /* IRQ 4 only: no timer while waiting */
     out8(COM1 + UART_IER, 1);
+    put("tiny: say something, end with Ctrl-D\n");
     for (;;) {
         while (!(in8(COM1 + UART_LSR) & LSR_DATA_READY))
             sleep_until_interrupt();
@@ -352,7 +352,7 @@ static void write_garbage(u32 seed)
             }
         }
     for (u32 i = 0; i < 6000; i++) {
-        u32 value = random(), address = windows[i % (sizeof windows / sizeof *windows)] + (random() & 0xfff);
+        u32 value = random(), address = windows[i % (sizeof windows / sizeof *windows)] + (random() & 0xff7);
         switch (value >> 29) {
         case 0: (void)*(volatile u8 *)(u64)address; break;
         case 1: (void)*(volatile u32 *)(u64)address; break;

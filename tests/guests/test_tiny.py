@@ -56,7 +56,7 @@ def test_it_is_a_guest_like_the_others(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_it_passes_its_self_check_under_nonroot(kernel: Path) -> None:
-    with nonroot.Domain(kernel, append="hello from the test", memory="64M", agent=False) as domain:
+    with nonroot.Domain(kernel, append="hello from the test", memory="64M", agent=False, quiet=False) as domain:
         stopped = domain.wait(60)
         console = domain.console.text
     assert stopped.reason == "poweroff", console
@@ -73,6 +73,7 @@ def test_a_crash_is_a_triple_fault(kernel: Path) -> None:
 
 def test_it_echoes_what_is_typed(kernel: Path) -> None:
     with nonroot.Domain(kernel, append="echo quiet", memory="64M", agent=False) as domain:
+        domain.console.expect("say something")
         domain.console.write("one two\r")
         domain.console.expect("one two\r\n")
         domain.console.write(b"\x04")
@@ -103,7 +104,7 @@ def test_it_passes_without_each_optimisation(kernel: Path, name: str) -> None:
 def test_virtual_time_repeats_exactly(kernel: Path) -> None:
     runs = set()
     for _ in range(3):
-        with nonroot.Domain(kernel, memory="64M", agent=False, virtual_time=True) as domain:
+        with nonroot.Domain(kernel, memory="64M", agent=False, quiet=False, virtual_time=True) as domain:
             assert domain.wait(60).reason == "poweroff"
             runs.add((domain.stats.instructions, domain.stats.machine_seconds, domain.console.text))
     assert len(runs) == 1
