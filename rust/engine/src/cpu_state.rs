@@ -291,23 +291,28 @@ impl Record {
 
     /// Checks against this vCPU, then applies everything; on an error nothing has changed.
     pub fn apply(self, vcpu: &mut Vcpu) -> Result<(), String> {
-        let known = |leaf: &&nonroot_interpret::config::CpuidLeaf| leaf.leaf == 0xd && leaf.subleaf == 0;
-        let xcr0 = vcpu.cpu.config.cpuid.iter().find(known).map_or(0, |leaf| u64::from(leaf.eax));
-        if self.r.xcr0 & !(xcr0 | 1) != 0 {
-            return Err("the vCPU state's xcr0 has features that this vCPU lacks".into());
+        let features = vcpu.cpu.features;
+        for (name, extra) in [
+            ("xcr0", self.r.xcr0 & !features.xcr0),
+            ("cr4", self.r.cr4 & !features.cr4),
+            ("efer", self.r.efer & !(features.efer | efer::LMA)),
+        ] {
+            if extra != 0 {
+                return Err(format!("the vCPU state's {name} has features that this vCPU lacks"));
+            }
         }
-        msrs::check(&vcpu.cpu, &self.msrs)?;
         // The last checks are done by setting: what was before comes back if one fails.
-        let before = (vcpu.cpu.clock.clone(), vcpu.cpu.retired);
+        let before = (vcpu.cpu.clock.clone(), vcpu.cpu.retired, vcpu.cpu.msr.clone());
         vcpu.cpu.retired = self.retired;
-        let result = set_clock(vcpu, self.now_ns).and_then(|()| vcpu.cpu.lapic.set_state(&self.lapic));
+        let result = set_clock(vcpu, self.now_ns)
+            .and_then(|()| msrs::write(&mut vcpu.cpu, &self.msrs))
+            .and_then(|()| vcpu.cpu.lapic.set_state(&self.lapic));
         if let Err(reason) = result {
-            (vcpu.cpu.clock, vcpu.cpu.retired) = before;
+            (vcpu.cpu.clock, vcpu.cpu.retired, vcpu.cpu.msr) = before;
             return Err(reason);
         }
         vcpu.forget_exit();
         let cpu = &mut vcpu.cpu;
-        msrs::write(cpu, &self.msrs);
         cpu.r = self.r;
         cpu.cpl = self.cpl;
         cpu.fpu.fx = self.fx;

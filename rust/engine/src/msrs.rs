@@ -6,25 +6,24 @@ use std::collections::BTreeMap;
 
 /// All of them by index.
 pub fn read(cpu: &Cpu) -> BTreeMap<u32, u64> {
-    cpu.config.msrs.iter().map(|(&index, &(value, _))| (index, value)).collect()
+    cpu.saved_msrs()
 }
 
-/// Checks a record's registers against this vCPU's.
-pub fn check(cpu: &Cpu, msrs: &BTreeMap<u32, u64>) -> Result<(), String> {
+/// Loads a record's registers; if one is refused, nothing has changed.
+pub fn write(cpu: &mut Cpu, msrs: &BTreeMap<u32, u64>) -> Result<(), String> {
     let own = read(cpu);
-    for index in msrs.keys() {
-        if !own.contains_key(index) {
-            return Err(format!("the vCPU state's MSR {index:#x} is none that this vCPU has"));
+    if let Some(index) = msrs.keys().find(|index| !own.contains_key(index)) {
+        return Err(format!("the vCPU state's MSR {index:#x} is none that this vCPU has"));
+    }
+    if let Some(index) = own.keys().find(|index| !msrs.contains_key(index)) {
+        return Err(format!("the vCPU state has no value for this vCPU's MSR {index:#x}"));
+    }
+    let before = cpu.msr.clone();
+    for (&index, &value) in msrs {
+        if cpu.restore_msr(index, value).is_err() {
+            cpu.msr = before;
+            return Err(format!("the vCPU state's MSR {index:#x} is not possible"));
         }
     }
     Ok(())
-}
-
-/// Applies a record that [`check`] passed.
-pub fn write(cpu: &mut Cpu, msrs: &BTreeMap<u32, u64>) {
-    for (index, &value) in msrs {
-        if let Some(entry) = cpu.config.msrs.get_mut(index) {
-            entry.0 = value;
-        }
-    }
 }

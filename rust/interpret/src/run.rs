@@ -83,7 +83,8 @@ impl Cpu {
                     continue;
                 }
             }
-            self.rep_budget = slice_end.saturating_sub(self.retired).max(1);
+            // What a REP at the end of the block may do after the instructions before it.
+            self.rep_budget = slice_end.saturating_sub(self.retired + u64::from(b.count) - 1).max(1);
             match self.run_block(b) {
                 Ended::Complete | Ended::Again => {}
                 Ended::Exit(exit) => return exit,
@@ -217,6 +218,10 @@ impl Cpu {
             return Some(Exit::Interrupted);
         }
         self.rep_budget = self.rep_budget.min(limit - self.retired).max(1);
+        if tf || self.guest_debug.single_step {
+            // A trap after each iteration (SDM 3A 17.3.1.4).
+            self.rep_budget = 1;
+        }
         let retired = self.retired;
         // SAFETY: blocks live until the cache is flushed, which only find_single does.
         let b = unsafe { &*block };
@@ -314,15 +319,8 @@ impl Cpu {
             return None;
         }
         if self.shadow != 0 && self.activity == Activity::Running {
-            // The instruction after STI or MOV SS runs first.
-            if !self.interrupt_waiting() {
-                // Nothing to hold back: the shadow ends with the next instruction, and
-                // whatever arrives later arrives after it.
-                if !self.nmi_pending {
-                    self.shadow = 0;
-                    return None;
-                }
-            }
+            // The instruction after STI or MOV SS runs first, also if what it holds back
+            // arrives only now: STI, HLT must not lose a wake-up.
             return self.step(limit);
         }
         if self.nmi_pending && !self.nmi_blocked {

@@ -186,7 +186,7 @@ class ExceptionRaised:
 
 @dataclass(frozen=True, slots=True)
 class CrWrite:
-    """A write of a control register, with ``cr_exits``."""
+    """A write of a control register, with ``cr_exits``; it has been made."""
 
     code: ClassVar[ExitCode] = ExitCode.CR_WRITE
     #: 0, 3, 4 or 8.

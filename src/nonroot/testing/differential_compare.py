@@ -30,12 +30,11 @@ def same_vector(left: bytes, right: bytes) -> bool:
     return not (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")) & _MASK_NUMBER
 
 
-#: Instructions that access memory more than once, in an order that CPUs choose: the faulting address counts by page.
+#: Instructions that access memory more than once, in an order that CPUs choose.
 _SEVERAL_ACCESSES = frozenset({
     Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
     Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.ENTER, Mnemonic.BOUND, Mnemonic.PUSHA, Mnemonic.PUSHAD,
-    Mnemonic.POPA, Mnemonic.POPAD, Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ, Mnemonic.MASKMOVQ,
-    Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU,
+    Mnemonic.POPA, Mnemonic.POPAD, Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ,
 })  # fmt: skip
 _SHA = frozenset({
     Mnemonic.SHA1MSG1, Mnemonic.SHA1MSG2, Mnemonic.SHA1NEXTE, Mnemonic.SHA1RNDS4, Mnemonic.SHA256MSG1,
@@ -45,6 +44,7 @@ _FAR = frozenset({
     Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
     Mnemonic.LSS,
 })  # fmt: skip
+_MASKED = frozenset({Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU})
 _PAGE_OR_ALIGNMENT = frozenset({12, 13, 14, 17})
 #: Linux's user address space ends a page before the canonical hole; it reports faults above as if pages were present.
 _USER_END = (1 << 47) - PAGE
@@ -60,25 +60,36 @@ def _instruction(case: Case, rip: int) -> Instruction | None:
 def _left_to_the_cpu(case: Case, judge: Result, tested: Result) -> bool:
     """Whether CPUs may differ in how the last instruction faults (AMD's and Intel's do)."""
     instruction = _instruction(case, judge.rip)
+    if judge.rip != tested.rip:
+        # One of them went on; only the first instruction at which they part is of interest.
+        if tested.rip not in case.starts:
+            return False
+        if judge.rip in case.starts and judge.rip < tested.rip:
+            pass
+        else:
+            instruction = _instruction(case, tested.rip)
     if instruction is None:
         return False
     mnemonic = instruction.mnemonic
     vectors = {judge.vector_number, tested.vector_number}
-    if instruction.is_invalid:
-        # Too long and invalid at once: which is found first.
-        return vectors == {6, 13} and judge.rip == tested.rip
-    if mnemonic == Mnemonic.ENTER and judge.rip == tested.rip and vectors <= _PAGE_OR_ALIGNMENT:
-        return True  # frames pushed before the fault stay in memory, or do not
-    if mnemonic == Mnemonic.MASKMOVQ and judge.rip == tested.rip and vectors <= _PAGE_OR_ALIGNMENT:
-        return True  # AMD enters MMX mode before the fault
-    if mnemonic in _SHA and judge.rip != tested.rip:
-        return True  # AMD does not check the alignment of SHA's operands
+    if mnemonic in _SHA:
+        return 13 in vectors  # AMD does not check the alignment of SHA's operands
+    if mnemonic in _MASKED:
+        return bool(vectors & _PAGE_OR_ALIGNMENT)  # with an empty mask too; AMD enters MMX mode before the fault
+    if 17 in vectors and (mnemonic in _FAR or instruction.is_vsib):
+        return True
     if 17 in vectors:
-        if mnemonic in _FAR:
-            return True
         # Alignment checks of operands of 16 bytes and more are left to the CPU (SDM 3A 6.15, #AC).
         return MemorySizeExt.size(instruction.memory_size) >= 10
-    return False
+    if judge.rip != tested.rip:
+        return False
+    if instruction.is_invalid:
+        return vectors <= {6, 13, 14}  # too long, across a page and invalid: which is found first
+    if mnemonic == Mnemonic.ENTER:
+        return vectors <= _PAGE_OR_ALIGNMENT  # frames pushed before the fault stay in memory, or do not
+    if mnemonic in _SEVERAL_ACCESSES:
+        return 14 in vectors and vectors <= _PAGE_OR_ALIGNMENT  # which of the operands faults
+    return mnemonic == Mnemonic.VCVTPS2PH and vectors == {14, 19}
 
 
 def undefined_flags(case: Case, rip: int) -> int:
@@ -128,10 +139,9 @@ def differences(case: Case, judge: Result, tested: Result, *, host: bool = True)
         return [], 0
     if host and _left_to_the_cpu(case, judge, tested):
         return [], 0
-    several = gathers = False
+    gathers = False
     if judge.rip == tested.rip and judge.vector_number in _PAGE_OR_ALIGNMENT:
         instruction = _instruction(case, judge.rip)
-        several = instruction is not None and instruction.mnemonic in _SEVERAL_ACCESSES
         gathers = instruction is not None and instruction.is_vsib
     if judge.status != tested.status:
         found.append(f"ended as {judge.status}, not as {tested.status} {tested.reason}")
@@ -140,12 +150,14 @@ def differences(case: Case, judge: Result, tested: Result, *, host: bool = True)
         error &= ~1
     if judge.vector_number != tested.vector_number or error:
         found.append(f"ended by {_exception(judge)}, not by {_exception(tested)}")
-    if judge.cr2 >> (12 if several else 0) != tested.cr2 >> (12 if several else 0) and judge.vector_number == tested.vector_number:
+    if judge.cr2 != tested.cr2 and judge.vector_number == tested.vector_number:
         found.append(f"CR2 is {judge.cr2:#x}, not {tested.cr2:#x}")
     if judge.rip != tested.rip:
         found.append(f"RIP is {place(case, judge.rip)}, not {place(case, tested.rip)}")
     count = 8 if case.compat else 16
     for name, left, right in zip(REGISTERS_64[:count], judge.gpr, tested.gpr, strict=False):
+        if host and name == "rsp" and judge.selectors[0] != 0x33:
+            left, right = left & 0xFFFF_FFFF, right & 0xFFFF_FFFF  # the upper half is undefined outside 64-bit mode
         if left != right:
             found.append(f"{name} is {left:#x}, not {right:#x}")
     flags = (judge.rflags ^ tested.rflags) & VISIBLE_FLAGS
@@ -160,13 +172,20 @@ def differences(case: Case, judge: Result, tested: Result, *, host: bool = True)
         if getattr(judge, name) != getattr(tested, name):
             found.append(f"{name} is {getattr(judge, name):#x}, not {getattr(tested, name):#x}")
     for name, left, right in zip(SELECTORS, judge.selectors, tested.selectors, strict=True):
+        if host and left == 0 and right < 4:
+            continue  # IRET, by which the host's kernel came back, clears a null selector's RPL
         if left != right:
             found.append(f"{name} is {left:#x}, not {right:#x}")
     if judge.data != tested.data:
         found += _data(judge.data, tested.data)
     # A gather that faults has loaded some elements, which ones is the CPU's choice (SDM 2C, VGATHERDPS).
     if not same_vector(judge.vector, tested.vector) and not gathers:
-        found += _vector(judge.vector, tested.vector)
+        left_vector, right_vector = judge.vector, tested.vector
+        if host and judge.vector_number == 19:
+            # With an unmasked exception, whether the result was inexact too is not known to the native unit.
+            left_vector, right_vector = (v[:24] + bytes([v[24] & ~0x20]) + v[25:] for v in (left_vector, right_vector))
+        if not same_vector(left_vector, right_vector):
+            found += _vector(left_vector, right_vector)
     return found, undefined
 
 

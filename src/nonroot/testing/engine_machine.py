@@ -75,8 +75,8 @@ class BareMachine:
         """
         Assemble a program and point the vCPU at it.
 
-        16 bits is real mode with all segments 0 (data segments with 4 GiB limits); 32 is flat protected mode without paging; 64 is long
-        mode with an identity map of 4 GiB. Interrupts are off. ``CODE``, ``DATA``, ``MMIO`` are known as constants.
+        16 bits is real mode with all segments 0 (data segments with 4 GiB limits); 32 is flat protected mode without
+        paging; 64 is long mode with an identity map of 4 GiB. Interrupts are off. ``CODE``, ``DATA``, ``MMIO`` are known as constants.
         """
         known = {"CODE": CODE, "DATA": DATA, "MMIO": MMIO, "STACK": STACK, "RAM_BYTES": RAM_BYTES}
         origin, stack = (BOOT, BOOT) if bits == 16 else (CODE, STACK)
@@ -148,8 +148,8 @@ class BareMachine:
             event = self.run()
             assert isinstance(event, PortIo), event
             assert event.write, event
-            for i in range(event.count):
-                values.append(int.from_bytes(event.data[i * event.size : (i + 1) * event.size], "little"))
+            pieces = (event.data[i : i + event.size] for i in range(0, len(event.data), event.size))
+            values += [int.from_bytes(piece, "little") for piece in pieces]
         return values
 
     def later(self, delay_s: float, action: Callable[[], object]) -> threading.Timer:

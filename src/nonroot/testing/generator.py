@@ -177,7 +177,7 @@ class _Sequence:
         if not instruction.is_invalid:
             if not self._comparable(instruction):
                 return False
-            if instruction.flow_control != FlowControl.NEXT:
+            if instruction.flow_control != FlowControl.NEXT or instruction.op_code().is_input_output:
                 return False
             if self._reads_undefined(instruction) or self._hazard(instruction):
                 return False
