@@ -107,6 +107,7 @@ class Domain:
         quiet: bool = True,
         protocol: str = "auto",
         scramble_seed: int | None = None,
+        agent_ports: bool = True,
         off: Iterable[str] = (),
         console: bool = True,
         fetch: bool = True,
@@ -127,6 +128,7 @@ class Domain:
         :param quiet: ask the kernel to print little.
         :param protocol: how the kernel is entered: ``auto``, ``pvh``, ``linux64`` or ``linux32``.
         :param scramble_seed: put every frame of guest memory at a random place of its file; for tests.
+        :param agent_ports: let the agent use its I/O ports; without them it uses the second serial port, slowly.
         :param off: names of the engine's optimisations to switch off.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
@@ -156,6 +158,7 @@ class Domain:
             quiet=quiet,
             protocol=protocol,
             scramble_seed=scramble_seed,
+            agent_ports=agent_ports,
             off=list(off),
         )
         self._client = DomainClient()
@@ -450,7 +453,7 @@ class Domain:
     def start_shell(self, rows: int = 24, cols: int = 80, env: Mapping[str, str] | None = None) -> None:
         """Run an interactive shell on the guest's console as soon as it has booted; then no commands can run.
 
-        The event ``shell_ended`` tells its end.
+        When it ends, the guest powers off.
         """
         environment = {**DEFAULT_ENVIRONMENT, "TERM": "vt100", **(env or {})}
         self._request("shell", argv=["/bin/sh", "-l"], env=environment, rows=rows, cols=cols)

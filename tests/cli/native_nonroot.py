@@ -1,4 +1,4 @@
-"""The ``nonroot`` command with domains whose guest is the agent, run on this machine (see tests/domain/native_runner.py)."""
+"""The ``nonroot`` command with domains whose guest is the agent, run on this machine."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ import time
 import click
 
 from nonroot.api import Domain
-from nonroot.cli.output import OWN_FAILURE, Reporter
+from nonroot.cli.output import OWN_FAILURE, FetchBar, Reporter
 from nonroot.cli.run import summary
 from nonroot.cli.signals import InterruptedBySignal, SignalRelay
 from nonroot.cli.terminal import write_all
@@ -22,11 +22,9 @@ def demo(engine: str, memory: str) -> int:
 
     Where there is no Linux, the built-in guest boots instead, and a sentence says how to get Linux.
     """
-    from nonroot.guests import progress_bar
-
     reporter = Reporter()
-    with progress_bar(quiet=not reporter.terminal) as show_fetch:
-        domain = Domain(engine=engine, memory=memory, quiet=False, fetch_progress=show_fetch)
+    with FetchBar(reporter) as bar:
+        domain = Domain(engine=engine, memory=memory, quiet=False, progress=bar.step, fetch_progress=bar.show)
         domain.console.listener = _show
         with SignalRelay(domain.kill):
             try:

@@ -90,6 +90,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors are one sentence on stderr, and status 125."""
+    ensure_standard_streams()
     reporter = Reporter()
     try:
         status = cli.main(
@@ -120,6 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reporter.line("this is a defect of nonroot; please report it with the output of NONROOT_DEBUG=1")
         return OWN_FAILURE
     return status if isinstance(status, int) else 0
+
+
+def ensure_standard_streams() -> None:
+    """Open what the caller closed (``2>&-``), so that no file of ours gets the number of a standard stream."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            fd = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def entry() -> None:

@@ -1,12 +1,15 @@
 """What the command line says on its own behalf: to stderr, and no more than was asked for."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
+from types import TracebackType
 
 from nonroot.errors import InternalError, NonrootError
 
-__all__ = ["Reporter", "sentence"]
+__all__ = ["OWN_FAILURE", "TIMED_OUT", "FetchBar", "Reporter", "sentence"]
 
 OWN_FAILURE = 125
 TIMED_OUT = 124
@@ -79,3 +82,37 @@ class Reporter:
             sys.stderr.flush()
         except (OSError, ValueError):
             pass  # nobody reads it any more
+
+
+class FetchBar:
+    """The progress bar of fetching guest software: made when it is needed, gone when the domain starts."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._stack = contextlib.ExitStack()
+        self._report: Callable[[str, float], None] | None = None
+
+    def __enter__(self) -> "FetchBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def show(self, what: str, share: float) -> None:
+        """``what`` is being done, and so much of it (0..1) is."""
+        if self._reporter.quiet:
+            return
+        if self._report is None:
+            from nonroot.guests import progress_bar
+
+            self._report = self._stack.enter_context(progress_bar())
+        if self._report is not None:
+            self._report(what, share)
+
+    def step(self, text: str) -> None:
+        """A step of the domain's start: fetching is over."""
+        self._stack.close()
+        self._report = None
+        self._reporter.progress(text)

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from nonroot.api import Domain, Statistics, Stopped
-from nonroot.cli.output import OWN_FAILURE, TIMED_OUT, Reporter
+from nonroot.cli.output import OWN_FAILURE, TIMED_OUT, FetchBar, Reporter
 from nonroot.cli.signals import InterruptedBySignal, SignalRelay
 from nonroot.cli.terminal import is_terminal, pump_keys, raw_terminal, window_size, write_all
 from nonroot.domain.command import Completed, shell_status
@@ -195,13 +195,11 @@ class Session:
 
     def run(self) -> int:
         """The exit status; everything has been said and nothing is left behind."""
-        from nonroot.guests import progress_bar
-
         began = time.monotonic()
         reporter = self.reporter
         with contextlib.ExitStack() as stack:
-            show_fetch = stack.enter_context(progress_bar(quiet=reporter.quiet or not reporter.terminal))
-            domain = Domain(**self.options.domain, progress=reporter.progress, fetch_progress=show_fetch)
+            bar = stack.enter_context(FetchBar(reporter))
+            domain = Domain(**self.options.domain, progress=bar.step, fetch_progress=bar.show)
             relay = stack.enter_context(SignalRelay(domain.kill))
             stack.callback(domain.destroy)
             try:
@@ -246,10 +244,9 @@ class Session:
         env = dict(options.env)
         if options.tty and "TERM" not in env:
             env["TERM"] = os.environ.get("TERM", "vt100")
-        stdin = 0 if _is_open(0) else None
         raw: contextlib.AbstractContextManager[object] = raw_terminal(0) if options.tty else contextlib.nullcontext()
         with raw:
-            command = domain.popen(options.command, stdin, env, options.workdir, tty=size, on_output=self._take_output)
+            command = domain.popen(options.command, 0, env, options.workdir, tty=size, on_output=self._take_output)
             self._command = command
             resize = (lambda: command.resize(*window_size())) if options.tty else None
             relay.forward_to(command.send_signal, resize)
@@ -311,7 +308,7 @@ class Session:
         how: list[str] = []
 
         def keys(raw: bool) -> None:
-            how.append(pump_keys(0, wake_read, domain.console.write, raw) if _is_open(0) else "end")
+            how.append(pump_keys(0, wake_read, domain.console.write, raw))
 
         with raw_terminal(0) if terminal else contextlib.nullcontext(False) as raw:
             relay.forward_to(None, lambda: domain.resize(*window_size()))
@@ -430,11 +427,3 @@ def _text(name: str, data: bytes) -> dict[str, str]:
         import base64
 
         return {name: data.decode("utf-8", "replace"), f"{name}_base64": base64.b64encode(data).decode()}
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True

@@ -163,7 +163,7 @@ class AgentSession:
     def start_shell(
         self, client: Client | None, argv: list[bytes], env: dict[bytes, bytes], rows: int, cols: int
     ) -> None:
-        """Run an interactive command on the guest's console as soon as it can be; ``shell_ended`` tells its end."""
+        """Run an interactive command on the guest's console as soon as it can be; its end powers the guest off."""
         self._shell_client = client
         self._shell = frames.encode_start(argv, env, b"/root", StartFlag.CONSOLE, rows, cols, WINDOW)
         self._pump()
@@ -313,7 +313,7 @@ class AgentSession:
             self._shell_asked = False
             if self._shell_client is not None:
                 self._shell_client.event("shell_ended", kind=report.kind.name.lower(), value=report.value)
-            self._pump()
+            self.power_off()
             return
         if current is None or current.kind != "run":
             raise FrameError("a command ended that was never started")

@@ -48,7 +48,7 @@ class Memory:
         return b"".join(parts)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Write as a device would, ROM too; code that the CPU has decoded is dropped. BadOptionError if it is no RAM."""
+        """Write as a device would, ROM too; decoded code is dropped. BadOptionError if it is not RAM."""
         view = memoryview(data).cast("B")
         for at in range(0, len(view), _WRITE):
             self._store(address + at, bytes(view[at : at + _WRITE]))

@@ -68,8 +68,8 @@ class DomainOptions:
     """Ask the kernel to print little."""
     agent: bool = True
     """Put our init into the initramfs, so that commands can be run."""
-    shell: bool = False
-    """Start an interactive shell on the console, if the agent is there."""
+    agent_ports: bool = True
+    """Let the agent use its I/O ports; without them it uses the second serial port."""
     off: list[str] = field(default_factory=list)
     """The engine's optimisations to switch off."""
     protocol: str = "auto"

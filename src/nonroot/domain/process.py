@@ -177,11 +177,15 @@ class DomainProcess:
                 timeout = 0.01 if timeout is None else min(timeout, 0.01)
             for key, events in self._selector.select(timeout):
                 key.data(events)
-                if self._ending:
+                if self.ended():
                     return
             if self._console_due is not None and time.monotonic() >= self._console_due:
                 self._flush_console()
             self._continue()
+
+    def ended(self) -> bool:
+        """Whether the domain has been destroyed."""
+        return self._ending
 
     # ── connections ──
 

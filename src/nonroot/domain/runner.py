@@ -78,7 +78,7 @@ class Runner:
             initrd=initrd,
             protocol=options.protocol,
             base_wall_ns=VIRTUAL_BASE_NS if options.virtual_time else time.time_ns(),
-            agent=options.agent,
+            agent=options.agent and options.agent_ports,
             scramble_seed=options.scramble_seed,
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
             engine_off=frozenset(options.off),
