@@ -131,6 +131,7 @@ class DebugContract(EngineBase):
                 mov eax, 0x00d00400 | 4 | 16
                 mov dr7, rax
                 mov dword [DATA], 5
+                nop
             here:
                 mov al, 1
                 out 0x10, al

@@ -230,7 +230,8 @@ class InterruptContract(EngineBase):
         source = (
             _APIC_ON
             + "mov dword [rbx + 0x3e0], 0xb\n mov dword [rbx + 0x320], 0x20040\n mov dword [rbx + 0x380], 250\n"
-            "sti\n again: inc ecx\n jmp again\n tick:\n mov eax, ecx\n out 0x20, eax\n mov dword [rbx + 0xb0], 0\n iretq"
+            "sti\n again: inc ecx\n jmp again\n"
+            "tick:\n mov eax, ecx\n out 0x20, eax\n mov dword [rbx + 0xb0], 0\n iretq"
         )
 
         def moments() -> list[tuple[int, int]]:

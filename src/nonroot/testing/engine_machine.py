@@ -76,7 +76,8 @@ class BareMachine:
         Assemble a program and point the vCPU at it.
 
         16 bits is real mode with all segments 0 (data segments with 4 GiB limits); 32 is flat protected mode without
-        paging; 64 is long mode with an identity map of 4 GiB. Interrupts are off. ``CODE``, ``DATA``, ``MMIO`` are known as constants.
+        paging; 64 is long mode with an identity map of 4 GiB. Interrupts are off. ``CODE``,
+        ``DATA``, ``MMIO``, ``STACK`` and ``RAM_BYTES`` are known as constants.
         """
         known = {"CODE": CODE, "DATA": DATA, "MMIO": MMIO, "STACK": STACK, "RAM_BYTES": RAM_BYTES}
         origin, stack = (BOOT, BOOT) if bits == 16 else (CODE, STACK)
