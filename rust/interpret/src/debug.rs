@@ -48,6 +48,8 @@ pub struct GuestDebug {
     pub no_trap: bool,
     /// The instruction that just ran loaded RF (IRET): it stays for the next one.
     pub rf_loaded: bool,
+    /// Debug traps wait for the end of the next instruction (MOV SS).
+    pub held: bool,
 }
 
 impl GuestDebug {
@@ -171,7 +173,8 @@ impl Cpu {
         self.guest_debug.hit = 0;
         self.guest_debug.no_trap = false;
         self.guest_debug.rf_loaded = false;
-        if self.pending_db != 0 && self.shadow & shadow::MOV_SS == 0 {
+        let held = std::mem::take(&mut self.guest_debug.held) || self.shadow & shadow::MOV_SS != 0;
+        if self.pending_db != 0 && !held {
             let dr6 = std::mem::take(&mut self.pending_db);
             return Some(Ok(Fault { vector: vector::DB, error: None, address: 0, trap: true, dr6 }));
         }
@@ -209,6 +212,7 @@ impl Cpu {
         if self.shadow & shadow::MOV_SS != 0 {
             // Data breakpoints of MOV SS and POP SS wait for the next instruction, the
             // single-step trap is lost.
+            self.guest_debug.held = true;
             return None;
         }
         let bits = std::mem::take(&mut self.pending_db) | if single { dr6::BS } else { 0 };

@@ -24,6 +24,8 @@ pub mod state;
 pub mod syscall;
 pub mod system;
 #[cfg(test)]
+mod system_tests;
+#[cfg(test)]
 mod testing;
 pub mod tlb;
 pub mod vcpu;

@@ -196,7 +196,8 @@ impl Cpu {
         }
     }
 
-    fn push_segment(&mut self, i: &Instruction) -> X {
+    /// PUSH of a segment register.
+    pub(crate) fn push_segment(&mut self, i: &Instruction) -> X {
         let size = Self::segment_push_size(i);
         let selector = u64::from(self.r.seg[segment_number(i.op0_register())].selector);
         let sp = self.r.gpr[reg::RSP].wrapping_sub(size as u64) & self.stack_mask();
@@ -397,7 +398,6 @@ impl Cpu {
         match i.mnemonic() {
             Mnemonic::Mov if register(0).is_segment_register() => self.mov_to_segment(i)?,
             Mnemonic::Mov if register(1).is_segment_register() => self.mov_from_segment(i)?,
-            Mnemonic::Push if register(0).is_segment_register() => self.push_segment(i)?,
             Mnemonic::Pop if register(0).is_segment_register() => self.pop_segment(i)?,
             Mnemonic::Lds => self.load_far(i, seg::DS)?,
             Mnemonic::Les => self.load_far(i, seg::ES)?,

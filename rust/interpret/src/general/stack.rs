@@ -6,8 +6,11 @@ use crate::state::*;
 use iced_x86::{Code, Instruction, OpKind};
 
 impl Cpu {
-    /// PUSH. A segment register's selector is zero-extended to the operand size.
+    /// PUSH.
     pub(super) fn op_push(&mut self, i: &Instruction) -> X {
+        if i.op_kind(0) == OpKind::Register && i.op_register(0).is_segment_register() {
+            return self.push_segment(i);
+        }
         let size = i.stack_pointer_increment().unsigned_abs() as usize;
         let value = self.read_operand(i, 0)?;
         self.push(size, value)
