@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import iced_x86
 from iced_x86 import Encoder, EncodingKind, MemorySizeInfo, OpCodeInfo
@@ -147,16 +147,26 @@ def _kind_classes() -> dict[int, tuple[str, bool, bool]]:
     return table
 
 
+class _Candidate(NamedTuple):
+    code: int
+    info: OpCodeInfo
+    kinds: tuple[int, ...]
+    #: Bytes of the memory operand.
+    size: int
+
+
 @functools.cache
-def candidates() -> dict[str, list[tuple[int, OpCodeInfo]]]:
+def candidates() -> dict[str, list[_Candidate]]:
     """All legacy and VEX instructions by mnemonic."""
     names = {v: n for n, v in _enum_names(Mnemonic).items()}
-    table: dict[str, list[tuple[int, OpCodeInfo]]] = {}
+    table: dict[str, list[_Candidate]] = {}
     for code in _enum_names(Code).values():
         info = OpCodeInfo(code)
         if not info.is_instruction or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
             continue
-        table.setdefault(names[info.mnemonic], []).append((code, info))
+        table.setdefault(names[info.mnemonic], []).append(
+            _Candidate(code, info, tuple(info.op_kinds()), MemorySizeInfo(info.memory_size).size)
+        )
     return table
 
 
@@ -281,14 +291,12 @@ def encodings(
 ) -> Iterator[tuple[tuple[int, int], int, bytes]]:
     """All encodings of an instruction: ((preference, length), memory size, bytes)."""
     stack_default = {16: 16, 32: 32, 64: 64}[bits]
-    for code, info in candidates().get(mnemonic, []):
+    for code, info, kinds, size in candidates().get(mnemonic, []):
         if not {16: info.mode16, 32: info.mode32, 64: info.mode64}[bits]:
             continue
-        kinds = list(info.op_kinds())
         string = any(k in _IMPLICIT for k in kinds)
         if not (string and not operands) and len(kinds) != len(operands):
             continue
-        size = MemorySizeInfo(info.memory_size).size
         if operands and not all(_accepts(k, o, size) for k, o in zip(kinds, operands, strict=True)):
             continue
         if prefixes.operand_size and info.operand_size not in (0, prefixes.operand_size):

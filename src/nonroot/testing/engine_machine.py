@@ -6,6 +6,7 @@ Its RAM is scrambled by default: no guest frame lies where its number says, and 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -40,6 +41,25 @@ _GDT, _IDT, _TSS, _PML4 = 0x800, 0x1000, 0x2000, 0x4000
 _SELECTORS: Final = {"code": 0x08, "data": 0x10, "tss": 0x28}
 
 
+@functools.lru_cache(maxsize=512)
+def _assemble(source: str, bits: int, origin: int, constants: tuple[tuple[str, int], ...]) -> Program:
+    return assemble(source, bits=bits, origin=origin, constants=dict(constants))
+
+
+@functools.cache
+def _frames(seed: int | None) -> tuple[int, ...]:
+    frames = list(range(RAM_BYTES // 4096))
+    if seed is not None:
+        random.Random(seed).shuffle(frames)
+    return tuple(frames)
+
+
+@functools.cache
+def _identity(gib: int) -> bytes:
+    """A page directory that maps one GiB to itself by 2 MiB pages."""
+    return b"".join((gib << 30 | i << 21 | 0x83).to_bytes(8, "little") for i in range(512))
+
+
 class BareMachine:
     """Memory and a vCPU; :meth:`load` puts a program in and the vCPU into its mode."""
 
@@ -59,10 +79,7 @@ class BareMachine:
             backing = self.memory.add_backing(descriptor, RAM_BYTES)
         finally:
             os.close(descriptor)
-        frames = list(range(RAM_BYTES // 4096))
-        if scrambled:
-            random.Random(seed).shuffle(frames)
-        for gfn, frame in enumerate(frames):
+        for gfn, frame in enumerate(_frames(seed if scrambled else None)):
             self.memory.map(gfn, 1, backing, frame * 4096)
         self.engine = engine
         self.policy = policy
@@ -81,7 +98,7 @@ class BareMachine:
         """
         known = {"CODE": CODE, "DATA": DATA, "MMIO": MMIO, "STACK": STACK, "RAM_BYTES": RAM_BYTES}
         origin, stack = (BOOT, BOOT) if bits == 16 else (CODE, STACK)
-        self.program = assemble(source, bits=bits, origin=origin, constants=known | constants)
+        self.program = _assemble(source, bits, origin, tuple(sorted((known | constants).items())))
         self.memory.write(origin, self.program.code)
         state = self._mode(bits)
         self.vcpu.set_state(replace(state, rip=origin, gpr=(0, 0, 0, 0, stack, *[0] * 11), now_ns=self.vcpu.now_ns()))
@@ -127,8 +144,7 @@ class BareMachine:
         self.memory.write(_PML4, (_PML4 + 0x1003).to_bytes(8, "little"))
         for gib in range(4):
             self.memory.write(_PML4 + 0x1000 + 8 * gib, (_PML4 + 0x2000 + 0x1000 * gib | 3).to_bytes(8, "little"))
-            entries = b"".join((gib << 30 | i << 21 | 0x83).to_bytes(8, "little") for i in range(512))
-            self.memory.write(_PML4 + 0x2000 + 0x1000 * gib, entries)
+            self.memory.write(_PML4 + 0x2000 + 0x1000 * gib, _identity(gib))
         return replace(state, cr3=_PML4, cr4=0x6A0, efer=0xD00)
 
     def run(self, deadline_ns: int | None = None, limit: int | None = None) -> Exit:
