@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 TROUBLE = re.compile(
     r"Oops|BUG:|WARNING:|Call Trace|unchecked MSR|invalid opcode|general protection|Unable to handle|segfault|"
-    r"soft lockup|rcu: INFO|TSC unstable|clocksource.*unstable|panic"
+    r"soft lockup|rcu: INFO|TSC unstable|clocksource.*unstable|Kernel panic"
 )
 """What a healthy kernel never says."""
 
