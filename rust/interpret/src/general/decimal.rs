@@ -6,36 +6,29 @@ use crate::state::*;
 use iced_x86::Instruction;
 
 impl Cpu {
-    /// AAA (`add`) and AAS. SF, ZF and PF (undefined in the manuals) follow AL, OF is clear.
+    /// AAA (`add`) and AAS. OF, SF, ZF and PF (undefined in the manuals) are those of
+    /// the 16-bit addition or subtraction of the adjustment.
     pub(super) fn op_aaa(&mut self, add: bool) {
-        let mut ax = self.gpr(reg::RAX, 2);
+        let ax = self.gpr(reg::RAX, 2);
         let adjust = ax & 0xf > 9 || self.r.flags.af();
-        if adjust {
-            ax = if add { ax.wrapping_add(0x106) } else { ax.wrapping_sub(0x106) };
-        }
-        ax &= 0xff0f;
-        self.set_gpr(reg::RAX, 2, ax);
-        self.r.flags = Flags::result(ax & 0xff, adjust, false, adjust, 1);
+        let by = if adjust { 0x106 } else { 0 };
+        let (adjusted, f) = adjustment(add)(ax, by, false, 2);
+        self.set_gpr(reg::RAX, 2, adjusted & 0xff0f);
+        self.r.flags = Flags::result(adjusted, adjust, f.of(), adjust, 2);
     }
 
-    /// DAA (`add`) and DAS. OF (undefined in the manuals) is clear.
+    /// DAA (`add`) and DAS. OF (undefined in the manuals) is that of the whole adjustment.
     pub(super) fn op_daa(&mut self, add: bool) {
         let old = self.gpr(reg::RAX, 1);
         let flags = self.r.flags;
-        let mut al = old;
         let af = old & 0xf > 9 || flags.af();
-        let mut cf = flags.cf();
-        if af {
-            al = if add { al.wrapping_add(6) } else { al.wrapping_sub(6) };
-            // The manual's carry of the first step matters only where the second does not happen.
-            cf |= !add && old < 6;
-        }
-        if old > 0x99 || flags.cf() {
-            al = if add { al.wrapping_add(0x60) } else { al.wrapping_sub(0x60) };
-            cf = true;
-        }
+        let high = old > 0x99 || flags.cf();
+        // DAS keeps the borrow of its first step where the second does not happen.
+        let cf = high || !add && af && old < 6;
+        let by = if af { 6 } else { 0 } + if high { 0x60 } else { 0 };
+        let (al, f) = adjustment(add)(old, by, false, 1);
         self.set_gpr(reg::RAX, 1, al);
-        self.r.flags = Flags::result(al & 0xff, cf, false, af, 1);
+        self.r.flags = Flags::result(al, cf, f.of(), af, 1);
     }
 
     /// AAM: #DE for base 0. OF, AF and CF (undefined in the manuals) are clear.
@@ -45,17 +38,25 @@ impl Cpu {
             return Err(self.fault(vector::DE, None));
         }
         let al = self.gpr(reg::RAX, 1);
-        self.set_gpr(reg::RAX, 2, al / base << 8 | al % base);
+        self.set_gpr(reg::RAX, 2, ((al / base) << 8) | (al % base));
         self.r.flags = Flags::logic(al % base, 1);
         Ok(())
     }
 
-    /// AAD. OF, AF and CF (undefined in the manuals) are clear.
+    /// AAD. OF, AF and CF (undefined in the manuals) are those of the 8-bit addition.
     pub(super) fn op_aad(&mut self, i: &Instruction) {
         let base = u64::from(i.immediate8());
         let ax = self.gpr(reg::RAX, 2);
-        let al = (ax & 0xff).wrapping_add((ax >> 8) * base) & 0xff;
+        let (al, flags) = Flags::add(ax & 0xff, ((ax >> 8) * base) & 0xff, false, 1);
         self.set_gpr(reg::RAX, 2, al);
-        self.r.flags = Flags::logic(al, 1);
+        self.r.flags = flags;
+    }
+}
+
+fn adjustment(add: bool) -> fn(u64, u64, bool, usize) -> (u64, Flags) {
+    if add {
+        Flags::add
+    } else {
+        Flags::sub
     }
 }
