@@ -75,7 +75,7 @@ def _zstd(data: memoryview, limit: int) -> bytes:
 
 def _lz4(data: memoryview, limit: int) -> bytes:
     """The legacy frame: blocks of 8 MiB, each after its compressed size, until the data ends."""
-    position, end = len(LZ4_LEGACY_MAGIC), len(data) - SIZE_BYTES
+    position, end = len(LZ4_LEGACY_MAGIC), len(data)
     blocks: list[bytes] = []
     size = 0
     while position < end and size <= limit:
@@ -128,6 +128,7 @@ def decompress(payload: bytes | memoryview, limit: int = MAX_KERNEL) -> bytes:
         if expected > limit:
             raise BootError(f"the kernel's payload claims {expected} bytes, more than {limit}")
         limit = expected
+        data = data[:-SIZE_BYTES]
     try:
         kernel = run(data, limit)
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError, OSError, ValueError):
