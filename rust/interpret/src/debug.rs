@@ -174,6 +174,10 @@ impl Cpu {
         self.guest_debug.no_trap = false;
         self.guest_debug.rf_loaded = false;
         let held = std::mem::take(&mut self.guest_debug.held) || self.shadow & shadow::MOV_SS != 0;
+        if self.reply.is_some() || self.mmio.active() {
+            // The same instruction again, after an exit.
+            return None;
+        }
         if self.pending_db != 0 && !held {
             let dr6 = std::mem::take(&mut self.pending_db);
             return Some(Ok(Fault { vector: vector::DB, error: None, address: 0, trap: true, dr6 }));

@@ -42,7 +42,9 @@ impl Cpu {
         self.flat_segments(cs, CODE64, cs.wrapping_add(8), 0);
         // The single-step trap is by TF as it is now.
         self.guest_debug.no_trap = cleared & rflags::TF == 0;
-        self.interrupts_changed();
+        if cleared & (rflags::IF | rflags::TF) != 0 {
+            self.interrupts_changed();
+        }
         Ok(())
     }
 

@@ -10,6 +10,7 @@
 
 use crate::cpu::Cpu;
 use crate::state::*;
+use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
 
 /// Entries of one kind in one context.
 pub const ENTRIES: usize = 1024;
@@ -86,8 +87,16 @@ unsafe impl Send for Tlb {}
 
 impl Default for Tlb {
     fn default() -> Self {
-        // SAFETY: Set is plain old data for which all zeroes is a valid (empty) value.
-        let sets: Box<[Set; context::COUNT]> = unsafe { Box::new_zeroed().assume_init() };
+        let layout = Layout::new::<[Set; context::COUNT]>();
+        // SAFETY: the layout is that of the type and not empty; Set is plain old data for
+        // which all zeroes is a valid (empty) value.
+        let sets: Box<[Set; context::COUNT]> = unsafe {
+            let zeroed = alloc_zeroed(layout);
+            if zeroed.is_null() {
+                handle_alloc_error(layout);
+            }
+            Box::from_raw(zeroed.cast())
+        };
         let mut t = Tlb {
             current: std::ptr::null_mut(),
             asid: 1,

@@ -76,6 +76,7 @@ impl Cpu {
             let size = r.size() as u8;
             return Err(self.exit(Exit::PortIo { port, size, write: false, count: 1, data: Vec::new() }));
         };
+        self.io_breakpoint(port, r.size());
         self.write_reg(r, element(&data, 0, r.size()));
         Ok(())
     }
@@ -85,6 +86,7 @@ impl Cpu {
         let port = self.port(i, 0);
         self.check_port(port, r.size())?;
         self.reply = None;
+        self.io_breakpoint(port, r.size());
         let data = self.read_reg(r).to_le_bytes()[..r.size()].to_vec();
         let size = r.size() as u8;
         Err(self.exit_after(Exit::PortIo { port, size, write: true, count: 1, data }))
@@ -158,6 +160,7 @@ impl Cpu {
                 }
                 return Err(stop);
             }
+            self.io_breakpoint(port, form.size);
             self.advance(reg::RDI, &form, n);
             self.mmio.clear();
             if !form.repeat {
@@ -192,6 +195,7 @@ impl Cpu {
         } else {
             self.load_bytes(form.segment, offset, &mut data)?;
         }
+        self.io_breakpoint(port, form.size);
         self.advance(reg::RSI, &form, n);
         self.mmio.clear();
         let exit = Exit::PortIo { port, size: form.size as u8, write: true, count: n as u32, data };

@@ -220,6 +220,35 @@ fn io_breakpoints() {
 }
 
 #[test]
+fn io_breakpoints_trap_after_the_access() {
+    // in al, 0x60; nop; out 0x60, al; hlt
+    let mut cpu = with_code(&[0xe4, 0x60, 0x90, 0xe6, 0x60, 0xf4]);
+    cpu.r.cr4 |= cr4::DE;
+    cpu.r.dr[2] = 0x60;
+    cpu.r.dr7 = 0x400 | 1 << 4 | 2 << 24;
+    let exit = cpu.run(None, None);
+    assert!(matches!(exit, Exit::PortIo { port: 0x60, write: false, .. }), "{exit:?}");
+    cpu.reply = Some(crate::cpu::Reply::Data(vec![0x42]));
+    assert_eq!(run(&mut cpu), (1, 2, 4));
+    assert_eq!(cpu.r.gpr[reg::RAX] & 0xff, 0x42);
+    resume(&mut cpu);
+    let exit = cpu.run(None, None);
+    assert!(matches!(exit, Exit::PortIo { port: 0x60, write: true, .. }), "{exit:?}");
+    assert_eq!(run(&mut cpu), (1, 5, 4));
+}
+
+#[test]
+fn an_exit_in_the_middle_is_no_second_breakpoint() {
+    let mut cpu = with_code(&[0xe4, 0x60, 0xf4]);
+    cpu.set_guest_debug(false, vec![(CODE, 1, 0)]);
+    assert_eq!(cpu.run(None, None), Exit::Debug { dr6: 1 });
+    assert!(matches!(cpu.run(None, None), Exit::PortIo { .. }));
+    cpu.reply = Some(crate::cpu::Reply::Data(vec![0x42]));
+    assert_eq!(cpu.run(None, None), Exit::Halt);
+    assert_eq!(cpu.r.gpr[reg::RAX] & 0xff, 0x42);
+}
+
+#[test]
 fn the_callers_debugging() {
     let mut cpu = with_code(&NOPS);
     cpu.set_guest_debug(true, Vec::new());

@@ -22,7 +22,7 @@ fn real_mode_vectors() {
     cpu.r.flags.set_cf(true);
     ok(&mut cpu, &[0xcd, 0x21]);
     assert_eq!((cpu.r.rip, cpu.r.seg[seg::CS].selector, cpu.r.seg[seg::CS].base), (0x1234, 0xf000, 0xf_0000));
-    assert_eq!(words(&cpu, 0x6ffa, 3), [0x7c02, 0, 0x0303 & 0xffff]);
+    assert_eq!(words(&cpu, 0x6ffa, 3), [0x7c02, 0, 0x0303]);
     assert_eq!(cpu.rflags(), 3);
     ok(&mut cpu, &[0xcf]);
     assert_eq!((cpu.r.rip, cpu.rflags()), (0x7c02, 0x303));
@@ -199,7 +199,7 @@ fn long_mode() {
     cpu.r.rflags |= rflags::IF;
     let (rip, ss) = (cpu.r.rip, cpu.r.seg[seg::SS]);
     ok(&mut cpu, &[0xcd, 0x80]);
-    let at = (STACK1 - 3 & !15) - 40;
+    let at = ((STACK1 - 3) & !15) - 40;
     assert_eq!((cpu.r.rip, cpu.r.gpr[reg::RSP], cpu.r.seg[seg::SS]), (HANDLERS + 0x800, at, ss));
     assert_eq!(qwords(&cpu, at, 5), [rip + 2, CODE0.into(), 0x202, STACK1 - 3, ss.selector.into()]);
     assert_eq!(cpu.rflags(), 2);
