@@ -1,6 +1,7 @@
 //! The Python extension module `nonroot._engine`. Its interface, with its
 //! documentation, is `src/nonroot/_engine.pyi`; this crate only translates.
 
+mod coverage;
 mod cpu_state;
 mod exits;
 mod memory;
@@ -8,7 +9,7 @@ mod msrs;
 mod options;
 mod vcpu;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -49,6 +50,12 @@ fn optimisations() -> Vec<(String, String)> {
     all.iter().map(|(name, text)| (name.to_string(), text.trim().to_string())).collect()
 }
 
+/// What the engine executes, by iced's instruction codes.
+#[pyfunction(name = "coverage")]
+fn code_coverage(py: Python<'_>) -> PyResult<Vec<(String, &'static str)>> {
+    py.detach(coverage::coverage).map_err(PyRuntimeError::new_err)
+}
+
 #[pymodule]
 fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
@@ -57,5 +64,6 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(agent, module)?)?;
     module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;
     module.add_function(wrap_pyfunction!(optimisations, module)?)?;
+    module.add_function(wrap_pyfunction!(code_coverage, module)?)?;
     Ok(())
 }
