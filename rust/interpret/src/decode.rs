@@ -4,7 +4,7 @@
 use crate::code_cache::{new_block, Block, Op, SETS_RIP};
 use crate::cpu::Cpu;
 use crate::state::*;
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use nonroot_memory::{P2M_FLAGS, P2M_FOREIGN, P2M_PRESENT};
 
 /// Longest instruction in bytes.
@@ -42,6 +42,16 @@ fn op_end(cpu: &mut Cpu, op: &Op) -> X {
 /// The bytes are no instruction.
 pub fn op_invalid(cpu: &mut Cpu, _: &Op) -> X {
     Err(cpu.ud())
+}
+
+/// F3 90 is PAUSE, but with REX.B before the 90 it is XCHG, which iced does not tell apart.
+fn exchange_or_pause(i: Instruction, bytes: &[u8], bitness: u32) -> Instruction {
+    let Some(rex) = bytes.len().checked_sub(2) else { return i };
+    if bitness != 64 || bytes[rex] & 0xf1 != 0x41 {
+        return i;
+    }
+    let without: Vec<u8> = bytes.iter().copied().filter(|&byte| byte != 0xf3).collect();
+    Decoder::new(bitness, &without, DecoderOptions::NONE).decode()
 }
 
 /// An instruction longer than 15 bytes.
@@ -118,15 +128,8 @@ impl Cpu {
         if self.execute_general(i)? || self.execute_system(i)? {
             return Ok(());
         }
-        Err(self.unknown(i))
-    }
-
-    #[cold]
-    fn unknown(&mut self, i: &Instruction) -> Stop {
-        let at = self.r.rip;
-        self.exit(Exit::Failure {
-            reason: format!("the interpreter does not implement {:?} (at {at:#x})", i.code()),
-        })
+        // What is left belongs to extensions that CPUID does not promise.
+        Err(self.ud())
     }
 
     fn bitness(&self) -> u32 {
@@ -205,6 +208,9 @@ impl Cpu {
                 break;
             }
             let end = decoder.position();
+            if i.code() == Code::Pause {
+                i = exchange_or_pause(i, &bytes[start..end], self.bitness());
+            }
             if end as u64 > limit {
                 if block.count == 0 {
                     return Err(self.gp(0));

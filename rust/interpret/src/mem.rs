@@ -112,7 +112,7 @@ impl Cpu {
     #[inline(never)]
     fn load_slow(&mut self, seg: usize, lin: u64, size: usize) -> X<u64> {
         let mut buf = [0u8; 8];
-        self.check_alignment(lin, size)?;
+        self.check_data(seg, lin, size)?;
         self.load_bytes_lin(seg, lin, &mut buf[..size], false)?;
         Ok(u64::from_le_bytes(buf))
     }
@@ -120,16 +120,41 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn store_slow(&mut self, seg: usize, lin: u64, size: usize, value: u64) -> X {
-        self.check_alignment(lin, size)?;
+        self.check_data(seg, lin, size)?;
         self.store_bytes_lin(seg, lin, &value.to_le_bytes()[..size], false)
     }
 
     /// #AC where it is on. CPUs may leave operands of 16 bytes and more unchecked (SDM 3A 6.15,
     /// interrupt 17), and this one does.
-    pub(crate) fn check_alignment(&mut self, lin: u64, size: usize) -> X {
+    fn check_alignment(&mut self, lin: u64, size: usize) -> X {
         let checked = self.tlb.context == context::CHECKED && matches!(size, 2 | 4 | 8);
         if checked && lin & (size as u64 - 1) != 0 {
             return Err(self.fault(vector::AC, Some(0)));
+        }
+        Ok(())
+    }
+
+    /// What the fast path of a data access leaves out: canonical addresses, the limit of
+    /// flat segments (which only an access across 4 GiB exceeds), alignment.
+    pub(crate) fn check_data(&mut self, seg: usize, lin: u64, size: usize) -> X {
+        self.check_canonical(seg, lin, size)?;
+        if self.flat && seg < seg::FS && lin + (size as u64 - 1) > 0xffff_ffff {
+            let v = if seg == seg::SS { vector::SS } else { vector::GP };
+            return Err(self.fault(v, Some(0)));
+        }
+        self.check_alignment(lin, size)
+    }
+
+    /// A data write that is not done: raises what it would raise.
+    pub fn probe_write(&mut self, seg: usize, lin: u64, size: usize) -> X {
+        if self.host_rw(lin, size).is_some() {
+            return Ok(());
+        }
+        self.check_data(seg, lin, size)?;
+        let access = Access { kind: Kind::Write, system: false };
+        self.probe(lin, access)?;
+        if (lin & 0xfff) as usize + size > 0x1000 {
+            self.probe(self.wrap((lin | 0xfff).wrapping_add(1)), access)?;
         }
         Ok(())
     }
@@ -364,7 +389,7 @@ impl Cpu {
             let top = if s.ar & ar::DB != 0 { 0xffff_ffff } else { 0xffff };
             offset <= limit || last > top
         } else {
-            last > limit && !(limit == 0xffff_ffff)
+            last > limit
         };
         if out {
             return Err(self.fault(fault, Some(0)));
@@ -406,7 +431,7 @@ impl Cpu {
         self.probe(lin, access)?;
         let last = self.wrap(lin.wrapping_add(len as u64 - 1));
         if last & PAGE_MASK != lin & PAGE_MASK {
-            self.probe(last, access)?;
+            self.probe(last & PAGE_MASK, access)?;
         }
         Ok(())
     }
@@ -419,7 +444,7 @@ impl Cpu {
         self.probe(lin, access)?;
         let last = self.wrap(lin.wrapping_add(len as u64 - 1));
         if last & PAGE_MASK != lin & PAGE_MASK {
-            self.probe(last, access)?;
+            self.probe(last & PAGE_MASK, access)?;
         }
         Ok(())
     }
@@ -455,8 +480,7 @@ impl Cpu {
             // SAFETY: `host` is writable guest RAM for `size` bytes.
             return Ok(unsafe { host_rmw(host, size, lock, f) });
         }
-        self.check_alignment(lin, size)?;
-        self.check_canonical(segment, lin, size)?;
+        self.check_data(segment, lin, size)?;
         let access = Access { kind: Kind::Write, system: false };
         if (lin & 0xfff) as usize + size <= 0x1000 {
             let t = self.translate(lin, access)?;

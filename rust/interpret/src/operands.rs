@@ -5,7 +5,7 @@
 
 use crate::cpu::Cpu;
 use crate::state::*;
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 /// Mask for an address or operand of `size` bytes.
 #[inline]
@@ -23,6 +23,17 @@ pub fn mask(size: usize) -> u64 {
 pub fn sign_extend(value: u64, size: usize) -> u64 {
     let shift = 64 - 8 * size as u32;
     ((value << shift) as i64 >> shift) as u64
+}
+
+/// Number of the segment register of an instruction's memory operand. 64-bit mode ignores
+/// overrides other than FS and GS (SDM 1 3.4.4), which shows in #SS or #GP.
+pub fn memory_segment(i: &Instruction) -> usize {
+    let segment = segment_number(i.memory_segment());
+    if segment < seg::FS && i.code_size() == CodeSize::Code64 && i.has_segment_prefix() {
+        let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+        return if stack { seg::SS } else { seg::DS };
+    }
+    segment
 }
 
 /// Number of a segment register as [`seg`] has it.
@@ -99,7 +110,7 @@ impl Cpu {
 
     /// (segment number, effective address) of the memory operand.
     pub fn memory_operand(&self, i: &Instruction) -> (usize, u64) {
-        (segment_number(i.memory_segment()), self.effective_address(i))
+        (memory_segment(i), self.effective_address(i))
     }
 
     /// Size in bytes of operand `n`.

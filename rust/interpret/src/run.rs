@@ -430,6 +430,11 @@ impl Cpu {
             self.flush_code();
             self.tlb.generation = generation;
         }
+        let dirty = self.mem.dirty_generation();
+        if dirty != self.tlb.dirty_generation {
+            self.flush_tlb_all();
+            self.tlb.dirty_generation = dirty;
+        }
         if self.mem.stale_code_pending() {
             self.drop_stale_code();
         }

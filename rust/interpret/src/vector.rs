@@ -4,7 +4,7 @@
 use crate::code_cache::{Block, Op};
 use crate::cpu::Cpu;
 use crate::decode::{op_invalid, plain};
-use crate::operands::{address_size, mask, segment_number};
+use crate::operands::{address_size, mask, memory_segment};
 use crate::state::*;
 use iced_x86::{Instruction, Register};
 use nonroot_native::{
@@ -37,6 +37,11 @@ impl Guest for Operand<'_> {
     fn write(&mut self, address: u64, bytes: &[u8]) -> X {
         let lin = self.cpu.linear(self.segment, address & self.mask, bytes.len(), true)?;
         self.cpu.store_vector(self.segment, lin, bytes)
+    }
+
+    fn probe_write(&mut self, address: u64, length: usize) -> X {
+        let lin = self.cpu.linear(self.segment, address & self.mask, length, true)?;
+        self.cpu.probe_write(self.segment, lin, length)
     }
 
     #[inline(always)]
@@ -92,7 +97,7 @@ impl Cpu {
             unsafe { std::ptr::copy_nonoverlapping(host, out.as_mut_ptr(), out.len()) };
             return Ok(());
         }
-        self.check_alignment(lin, out.len())?;
+        self.check_data(segment, lin, out.len())?;
         self.load_bytes_lin(segment, lin, out, false)
     }
 
@@ -104,7 +109,7 @@ impl Cpu {
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
             return Ok(());
         }
-        self.check_alignment(lin, data.len())?;
+        self.check_data(segment, lin, data.len())?;
         self.store_bytes_lin(segment, lin, data, false)
     }
 
@@ -203,14 +208,14 @@ fn op_vector(cpu: &mut Cpu, op: &Op) -> X {
     let i = &plan.instruction;
     let (mut segment, mut address, mut width) = (seg::DS, 0, u64::MAX);
     if i.memory_base() != Register::None || i.memory_index() != Register::None || i.memory_displ_size() != 0 {
-        segment = segment_number(i.memory_segment());
+        segment = memory_segment(i);
         width = mask(address_size(i));
         if !i.is_vsib() {
             address = cpu.effective_address(i);
         }
     } else if plan.compiled.memory.is_some() {
         // MASKMOVQ and MASKMOVDQU: (E)DI or RDI, whose width iced gives by the operand.
-        segment = segment_number(i.memory_segment());
+        segment = memory_segment(i);
         width = match i.op0_kind() {
             iced_x86::OpKind::MemorySegDI => 0xffff,
             iced_x86::OpKind::MemorySegEDI => 0xffff_ffff,

@@ -1,7 +1,7 @@
 //! Which instructions belong to this unit, and what must be allowed before they run.
 
 use crate::features::HostFeatures;
-use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind, OpKind};
 
 /// Kind of an instruction: decides the checks of control registers and of
 /// pending x87 exceptions.
@@ -107,6 +107,10 @@ pub fn simd_fault(cr4: u64) -> Trap {
 /// instructions. AMD's SSE4a, 3DNow!, XOP, FMA4 and everything of AVX-512 is
 /// unknown to it (no supported guest CPU has them).
 pub fn classify(instruction: &Instruction) -> Option<Class> {
+    // From memory, CVTPI2PD touches no MMX register (SDM 2A, CVTPI2PD).
+    if instruction.code() == Code::Cvtpi2pd_xmm_mmm64 && instruction.op1_kind() == OpKind::Memory {
+        return Some(Class::Sse);
+    }
     classify_code(instruction.code())
 }
 

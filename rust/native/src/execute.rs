@@ -49,6 +49,9 @@ pub trait Guest {
     /// Writes up to 512 bytes. All or nothing.
     fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Self::Fault>;
 
+    /// Raises what writing `length` bytes would raise, without writing.
+    fn probe_write(&mut self, address: u64, length: usize) -> Result<(), Self::Fault>;
+
     /// A general register (RAX is 0 ... R15 is 15).
     fn gpr(&self, register: u8) -> u64;
 
@@ -179,9 +182,13 @@ fn run_thunk<G: Guest>(
         return Err(Stop::Trap(simd_fault(guest.control().cr4)));
     }
     if let Some(memory) = compiled.memory.filter(|memory| memory.write) {
+        let size = memory.size as usize & 63;
         if !thunk.fx || store_done(state.fcw(), unit.context().fsw()) {
             let buffer = unit.context().scratch;
-            guest.write(address, &buffer[..memory.size as usize & 63]).map_err(Stop::Memory)?;
+            guest.write(address, &buffer[..size]).map_err(Stop::Memory)?;
+        } else {
+            // An unmasked exception stores nothing, but the address is checked all the same.
+            guest.probe_write(address, size).map_err(Stop::Memory)?;
         }
     }
     if thunk.mxcsr {
@@ -379,6 +386,9 @@ fn masked<G: Guest>(
         }
         guest.vectors().ymm[plan.data as usize & 15] = result;
         return Ok(());
+    }
+    for n in (0..count).filter(|&n| plan.selected(&mask, n)) {
+        guest.probe_write(at(n), element).map_err(Stop::Memory)?;
     }
     for n in (0..count).filter(|&n| plan.selected(&mask, n)) {
         guest.write(at(n), &data[n * element..][..element]).map_err(Stop::Memory)?;

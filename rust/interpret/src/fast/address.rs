@@ -3,7 +3,7 @@
 use super::get;
 use crate::code_cache::Op;
 use crate::cpu::Cpu;
-use crate::operands::{address_size, segment_number};
+use crate::operands::{address_size, memory_segment};
 use crate::state::*;
 use iced_x86::{Instruction, Register};
 
@@ -21,7 +21,7 @@ const CHECKED64: u8 = 5;
 /// Fills in the address fields of an operation.
 pub fn fill(cpu: &Cpu, i: &Instruction, op: &mut Op) -> Option<()> {
     let size = address_size(i);
-    let segment = segment_number(i.memory_segment());
+    let segment = memory_segment(i);
     op.segment = segment as u8;
     op.disp = i.memory_displacement64();
     op.base = match i.memory_base() {

@@ -5,7 +5,7 @@
 use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::mem::{host_load, host_store};
-use crate::operands::{mask, segment_number};
+use crate::operands::{mask, memory_segment};
 use crate::state::*;
 use iced_x86::{Instruction, OpKind};
 use std::sync::atomic::Ordering;
@@ -52,7 +52,7 @@ impl Cpu {
         Form {
             size,
             address_size,
-            segment: segment_number(i.memory_segment()),
+            segment: memory_segment(i),
             step: if down { (size as u64).wrapping_neg() } else { size as u64 },
             until_zf: None,
             repeat: i.has_rep_prefix() || i.has_repne_prefix(),

@@ -1,7 +1,7 @@
 //! Moves and conversions.
 
 use crate::cpu::Cpu;
-use crate::operands::{address_size, mask, segment_number, sign_extend};
+use crate::operands::{address_size, mask, memory_segment, sign_extend};
 use crate::state::*;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
@@ -49,7 +49,7 @@ impl Cpu {
     pub(super) fn op_xlat(&mut self, i: &Instruction) -> X {
         let size = address_size(i);
         let ea = self.gpr(reg::RBX, size).wrapping_add(self.gpr(reg::RAX, 1)) & mask(size);
-        let value = self.load(segment_number(i.memory_segment()), ea, 1)?;
+        let value = self.load(memory_segment(i), ea, 1)?;
         self.set_gpr(reg::RAX, 1, value);
         Ok(())
     }

@@ -166,6 +166,14 @@ impl Guest for TestCpu {
         Ok(())
     }
 
+    fn probe_write(&mut self, address: u64, length: usize) -> Result<(), Refused> {
+        let mut addresses = (0..length as u64).map(|n| address.wrapping_add(n));
+        match addresses.find(|at| self.read_only || !self.memory.contains_key(at)) {
+            Some(at) => Err(Refused { address: at, write: true }),
+            None => Ok(()),
+        }
+    }
+
     fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Refused> {
         self.log.push((address, bytes.len(), true));
         let addresses = (0..bytes.len() as u64).map(|n| address.wrapping_add(n));
