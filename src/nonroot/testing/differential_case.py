@@ -138,6 +138,8 @@ def unpack_results(payload: bytes, cases: list[Case], template: bytes) -> list[R
             position += (12 + size + 7) & ~7
         if trap == 3:
             rip -= 1
+        elif trap == 4:  # INTO is reported behind it; engines that intercept #OF report it at the instruction
+            rip = max((start for start in case.starts if start < rip), default=rip)
         has_error = trap in (8, 10, 11, 12, 13, 14, 17)
         results.append(
             Result(

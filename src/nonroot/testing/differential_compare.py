@@ -44,6 +44,7 @@ _FAR = frozenset({
     Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
     Mnemonic.LSS,
 })  # fmt: skip
+_TO_MMX = frozenset({Mnemonic.CVTPD2PI, Mnemonic.CVTTPD2PI, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI})
 _MASKED = frozenset({Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU})
 _PAGE_OR_ALIGNMENT = frozenset({12, 13, 14, 17})
 #: Linux's user address space ends a page before the canonical hole; it reports faults above as if pages were present.
@@ -59,15 +60,9 @@ def _instruction(case: Case, rip: int) -> Instruction | None:
 
 def _left_to_the_cpu(case: Case, judge: Result, tested: Result) -> bool:
     """Whether CPUs may differ in how the last instruction faults (AMD's and Intel's do)."""
-    instruction = _instruction(case, judge.rip)
-    if judge.rip != tested.rip:
-        # One of them went on; only the first instruction at which they part is of interest.
-        if tested.rip not in case.starts:
-            return False
-        if judge.rip in case.starts and judge.rip < tested.rip:
-            pass
-        else:
-            instruction = _instruction(case, tested.rip)
+    # Code goes forward, so the earlier of two faults is where they part.
+    faults = [r.rip for r in (judge, tested) if r.vector_number != 3 and r.rip in case.starts]
+    instruction = _instruction(case, min(faults, default=0))
     if instruction is None:
         return False
     mnemonic = instruction.mnemonic
@@ -76,20 +71,27 @@ def _left_to_the_cpu(case: Case, judge: Result, tested: Result) -> bool:
         return 13 in vectors  # AMD does not check the alignment of SHA's operands
     if mnemonic in _MASKED:
         return bool(vectors & _PAGE_OR_ALIGNMENT)  # with an empty mask too; AMD enters MMX mode before the fault
-    if 17 in vectors and (mnemonic in _FAR or instruction.is_vsib):
+    if 17 in vectors and (mnemonic in _FAR or instruction.is_vsib or mnemonic == Mnemonic.BOUND):
         return True
+    if mnemonic in _SEVERAL_ACCESSES and judge.rip == tested.rip and vectors & {14, 17}:
+        return vectors <= _PAGE_OR_ALIGNMENT  # which of the operands faults
     if 17 in vectors:
         # Alignment checks of operands of 16 bytes and more are left to the CPU (SDM 3A 6.15, #AC).
         return MemorySizeExt.size(instruction.memory_size) >= 10
     if judge.rip != tested.rip:
         return False
+    if vectors == {12, 13} and case.compat:
+        # Misaligned, and across the end of a flat segment.
+        return MemorySizeExt.size(instruction.memory_size) == 16
     if instruction.is_invalid:
         return vectors <= {6, 13, 14}  # too long, across a page and invalid: which is found first
     if mnemonic == Mnemonic.ENTER:
         return vectors <= _PAGE_OR_ALIGNMENT  # frames pushed before the fault stay in memory, or do not
-    if mnemonic in _SEVERAL_ACCESSES:
-        return 14 in vectors and vectors <= _PAGE_OR_ALIGNMENT  # which of the operands faults
-    return mnemonic == Mnemonic.VCVTPS2PH and vectors == {14, 19}
+    if mnemonic == Mnemonic.VCVTPS2PH:
+        return vectors == {14, 19}
+    if mnemonic in _TO_MMX:
+        return vectors == {19}  # AMD enters MMX mode before the exception
+    return mnemonic == Mnemonic.CVTPI2PS and vectors == {14, 16}
 
 
 def undefined_flags(case: Case, rip: int) -> int:

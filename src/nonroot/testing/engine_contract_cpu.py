@@ -355,3 +355,35 @@ class CpuContract(EngineBase):
         assert machine.run() == Halt()
         assert machine.memory.read(DATA, 16) == (0x02040608).to_bytes(4, "little") * 4
         assert machine.u64(DATA + 16) == 0x400921FB54442D18
+
+    @pytest.mark.parametrize(
+        "instruction",
+        [
+            "xend",
+            "vmread rax, rbx",
+            "vmlaunch",
+            "vmrun",
+            "wrpkru",
+            "monitor",
+            "rsm",
+            "xsaves [rsp]",
+            "serialize",
+            "gf2p8mulb xmm1, xmm2",
+            "extrq xmm1, xmm2",
+            "femms",
+            "vpmadd52luq xmm1, xmm2, xmm3",
+            "movdiri [rsp], eax",
+            "ud0 eax, ebx",
+            "ud2",
+            "db 0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1",  # AVX-512
+            "db 0x8f, 0xe8, 0x78, 0xc0, 0xc1, 1",  # XOP
+            "db 0x0f, 0x0f, 0xc1, 0x9e",  # 3DNow!
+            "db 0xff, 0xff",
+            "db 0x06",
+        ],
+    )
+    def test_what_the_cpu_lacks_is_undefined(self, instruction: str) -> None:
+        machine = self.machine(f"{instruction}\n hlt\n undefined:\n mov al, 6\n out 0x10, al\n hlt")
+        machine.vectors({6: "undefined"})
+        assert machine.output() == [6]
+        assert machine.u64(machine.register("rsp")) == CODE, "the fault's return address"

@@ -41,11 +41,12 @@ UNCOMPARABLE = frozenset({
 #: * UD0: AMD has no ModRM byte after it, which shows where the instruction crosses into a missing page;
 #: * 0F 0D with a register: #UD on AMD, a no-operation on Intel;
 #: * loads of FS and GS: AMD keeps the base when a null selector is loaded;
+#: * 32-bit pushes of segment registers: Intel writes two bytes, AMD four;
 #: * BSWAP of 16 bits and MOVSXD to 16 bits: undefined, or of another operand size.
 VENDOR_DEPENDENT = frozenset({
     "JMP_M1664", "CALL_M1664", "LSS_R64_M1664", "LFS_R64_M1664", "LGS_R64_M1664", "LFS_R16_M1616", "LFS_R32_M1632",
     "LGS_R16_M1616", "LGS_R32_M1632", "POPW_FS", "POPW_GS", "POPD_FS", "POPD_GS", "POPQ_FS", "POPQ_GS", "BSWAP_R16",
-    "MOVSXD_R16_RM16",
+    "MOVSXD_R16_RM16", "PUSHD_ES", "PUSHD_CS", "PUSHD_SS", "PUSHD_DS", "PUSHD_FS", "PUSHD_GS",
     *(name for name in dir(Code) if name.startswith("UD0_") or name.endswith("_0F0D")),
 })  # fmt: skip
 

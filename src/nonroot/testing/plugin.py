@@ -8,7 +8,7 @@ r"""The pytest plugin: fixtures that give tests a booted guest. Installed with n
 >>> def test_kernel(domain):                         # doctest: +SKIP
 ...     assert domain.run(["uname", "-s"], check=True).stdout == "Linux\n"
 
-A failed test shows the console's last lines of the domains that it used. Where no Linux can be had, tests that use these
+A failed test shows the last lines of its domains' consoles. Where no Linux can be had, tests that use these
 fixtures are skipped, with the reason; ``--nonroot-require`` makes that an error.
 """
 
@@ -86,7 +86,8 @@ def pytest_runtest_makereport(
     """Show what the guests said if a test fails."""
     report = yield
     if report.failed:
-        domains = list(item.stash[_used]) if _used in item.stash else []
+        made = item.stash.get(_used, None)
+        domains = [] if made is None else made.copy()
         shared = getattr(item, "funcargs", {}).get("domain")
         if shared is not None and hasattr(shared, "console"):
             domains.append(shared)
