@@ -256,6 +256,8 @@ impl Cpu {
 
     /// Lets time pass; the caller's deadline and limit.
     fn tick(&mut self, deadline_ns: u64, limit: u64) -> Option<Exit> {
+        // Writes by other threads that nobody announced.
+        self.memory_changed();
         let now = self.now_ns();
         if self.lapic.deadline().is_some_and(|d| d <= now) {
             self.lapic.advance(now);

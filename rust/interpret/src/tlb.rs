@@ -80,6 +80,8 @@ pub struct Tlb {
     any_large: bool,
     /// Generation of the p2m that the entries were made from.
     pub generation: u64,
+    /// Generation of the dirty log in which write entries were made.
+    pub dirty_generation: u64,
 }
 
 // SAFETY: `current` points into `sets`, which this object owns.
@@ -108,6 +110,7 @@ impl Default for Tlb {
             large: Box::new([0; 64]),
             any_large: false,
             generation: 0,
+            dirty_generation: 0,
         };
         t.select(0);
         t

@@ -74,6 +74,7 @@ pub struct Memory {
     stale_code: Mutex<Vec<u64>>,
     stale_pending: AtomicBool,
     generation: AtomicU64,
+    dirty_generation: AtomicU64,
 }
 
 // SAFETY: the raw pointers are mmaps owned by this object and never unmapped
@@ -99,6 +100,7 @@ impl Memory {
             stale_code: Mutex::new(Vec::new()),
             stale_pending: AtomicBool::new(false),
             generation: AtomicU64::new(0),
+            dirty_generation: AtomicU64::new(0),
         }
     }
 
@@ -219,8 +221,8 @@ impl Memory {
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Changes whenever frames were mapped, unmapped or the dirty log was taken:
-    /// whoever caches translations must then drop them.
+    /// Changes whenever frames were mapped or unmapped: whoever caches translations
+    /// or code must then drop them.
     #[inline]
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
@@ -238,6 +240,13 @@ impl Memory {
         let backing = backings.iter().position(inside)?;
         let offset = host - backings[backing].base as u64;
         Some(Run { gfn, count: 1, backing, offset, flags: entry & (P2M_WRITABLE | P2M_FOREIGN) })
+    }
+
+    /// Changes whenever the dirty log was taken: whoever remembers that a frame is
+    /// dirty must then forget it.
+    #[inline]
+    pub fn dirty_generation(&self) -> u64 {
+        self.dirty_generation.load(Ordering::Acquire)
     }
 
     /// The p2m as runs of frames that are contiguous in their backing.
@@ -375,7 +384,7 @@ impl Memory {
                 }
             }
         }
-        self.changed();
+        self.dirty_generation.fetch_add(1, Ordering::AcqRel);
         out
     }
 }
