@@ -12,7 +12,7 @@ from nonroot.boot.cpio import Cpio, append
 
 def read(archive: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
     """name -> (mode, data, device number); stops at the trailer."""
-    found = {}
+    found: dict[str, tuple[int, bytes, tuple[int, int]]] = {}
     at = 0
     while True:
         assert archive[at : at + 6] == b"070701"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from nonroot.errors import BadOptionError
+
 __all__ = ["E820Entry", "E820Type", "MemoryMap", "MemorySizeError", "RamRange"]
 
 PAGE_SIZE: Final = 4096
@@ -33,8 +35,10 @@ MEMORY_MAXIMUM: Final = 512 * GIB
 """The engine's guest-physical addresses have 40 bits; half of them are left to devices."""
 
 
-class MemorySizeError(ValueError):
+class MemorySizeError(BadOptionError):
     """The domain cannot have that much, or that little, memory."""
+
+    code = "memory_size"
 
 
 class E820Type(IntEnum):
