@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from nonroot.api import Domain
-from nonroot.errors import BootTimeoutError, CommandTimeoutError, GuestFileError, GuestPanicError, NotRunningError
+from nonroot.errors import (
+    BootTimeoutError,
+    CommandTimeoutError,
+    DomainStoppedError,
+    GuestCrashError,
+    GuestFileError,
+    GuestPanicError,
+    NotRunningError,
+)
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -145,12 +153,48 @@ def test_power_off_and_what_is_left(make_domain: Make) -> None:
 
 
 def test_panic_is_named(make_domain: Make) -> None:
-    domain = make_domain(agent=False, append="rdinit=/nowhere root=/dev/nowhere rootwait=0")
-    assert domain.wait(120).reason == "panic"
     domain = make_domain()
-    domain.wait_ready()
+    with pytest.raises(GuestPanicError, match="sysrq triggered crash") as caught:
+        domain.run("echo c > /proc/sysrq-trigger; sleep 100")
+    assert "Kernel panic" in caught.value.details["console"]
+
+
+@pytest.mark.slow
+def test_panic_without_root_file_system(make_domain: Make) -> None:
+    domain = make_domain(agent=False, append="rdinit=/nowhere root=/dev/nowhere")
+    stopped = domain.wait(120)
+    assert stopped.reason == "panic"
+    assert "Unable to mount root fs" in stopped.message
+
+
+@pytest.mark.slow
+def test_panic_that_hangs(make_domain: Make) -> None:
+    domain = make_domain(append="panic=0")
     with pytest.raises(GuestPanicError, match="sysrq triggered crash"):
         domain.run("echo c > /proc/sysrq-trigger; sleep 100")
+
+
+@pytest.mark.slow
+def test_reboot_and_triple_fault_are_named(make_domain: Make) -> None:
+    with pytest.raises(DomainStoppedError, match="reset the machine"):
+        make_domain().run("reboot -f")
+    domain = make_domain(append="reboot=t")
+    with pytest.raises(GuestCrashError, match="triple fault") as caught:
+        domain.run("reboot -f")
+    assert caught.value.details["rip"] > 0
+
+
+@pytest.mark.slow
+def test_virtual_time_repeats_exactly(make_domain: Make) -> None:
+    results = []
+    for _ in range(2):
+        domain = make_domain(virtual_time=True)
+        out = domain.run("cat - /proc/uptime; head -c 16 /dev/urandom | md5sum", stdin=b"x" * 100_000).stdout_bytes
+        time.sleep(0.2)  # the guest must not notice how long we wait
+        again = domain.run("date +%s.%N").stdout_bytes
+        results.append((out, again, domain.stats.instructions, domain.stats.machine_seconds))
+        domain.destroy()
+    assert results[0] == results[1]
 
 
 def test_boot_timeout(make_domain: Make) -> None:

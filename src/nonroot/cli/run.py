@@ -224,7 +224,7 @@ class Session:
             domain.console.listener = self._show_console
         domain.start()
         self._deadline = time.monotonic() + (self.options.timeout or 1e9)
-        if domain.note and not self.reporter.quiet:
+        if domain.note and not self.reporter.quiet and (domain.can_run_commands or not self.options.command):
             self.reporter.line(domain.note)
         self.reporter.progress(f"booting with the {domain.engine} engine: {domain.reason}")
         if self.options.command:

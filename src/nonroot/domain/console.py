@@ -44,9 +44,14 @@ class ConsoleLog:
         return b"".join(self._parts)
 
     def tail(self, lines: int = 12) -> str:
-        """The last lines, as harmless text."""
-        last = self.everything()[-lines * 300 :]
-        return "\n".join(line[:300] for line in printable(last).splitlines()[-lines:])
+        """The last lines, as harmless text; after a panic, those from its announcement on."""
+        everything = self.everything()
+        panic = everything.rfind(_MARKER)
+        panic = everything.rfind(_MARKER, 0, panic) if everything[:panic].endswith(b"end ") else panic
+        if panic >= 0:
+            start = everything.rfind(b"\n", 0, panic) + 1
+            return "\n".join(line[:300] for line in printable(everything[start:][:20_000]).splitlines()[:40])
+        return "\n".join(line[:300] for line in printable(everything[-lines * 300 :]).splitlines()[-lines:])
 
 
 class PanicWatch:

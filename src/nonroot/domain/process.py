@@ -37,6 +37,8 @@ __all__ = ["Connection", "DomainProcess"]
 CONSOLE_DELAY = 0.004
 """Seconds that console output may wait for more of it."""
 SEND_SIZE = 1 << 18
+PANIC_GRACE = 3.0
+"""Seconds that a kernel has to reset after its panic, before the domain counts as stopped. It may be told not to."""
 MAX_CONSOLE_BACKLOG = 1 << 20
 """With more console output than this waiting for a client, the guest waits."""
 
@@ -159,6 +161,7 @@ class DomainProcess:
         self._log = ConsoleLog()
         self._panic = PanicWatch()
         self._console_due: float | None = None
+        self._panic_due: float | None = None
         self._stopped: dict[str, Any] | None = None
         self._stop_error: NonrootError | None = None
         self._stop_waiters: list[tuple[Connection, int]] = []
@@ -172,16 +175,23 @@ class DomainProcess:
     def run(self) -> None:
         """Serve until the domain is destroyed, or its client goes and nobody asked to keep it."""
         while not self._ending:
-            timeout = None if self._console_due is None else max(0.0, self._console_due - time.monotonic())
-            if self._runner is not None and self._runner.needs_polling:
-                timeout = 0.01 if timeout is None else min(timeout, 0.01)
-            for key, events in self._selector.select(timeout):
+            for key, events in self._selector.select(self._timeout()):
                 key.data(events)
                 if self.ended():
                     return
             if self._console_due is not None and time.monotonic() >= self._console_due:
                 self._flush_console()
+            if self._panic_due is not None and time.monotonic() >= self._panic_due:
+                self._panic_due = None
+                self._give_up_on_panic()
             self._continue()
+
+    def _timeout(self) -> float | None:
+        dues = [due for due in (self._console_due, self._panic_due) if due is not None]
+        timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
+        if self._runner is not None and self._runner.needs_polling:
+            timeout = 0.01 if timeout is None else min(timeout, 0.01)
+        return timeout
 
     def ended(self) -> bool:
         """Whether the domain has been destroyed."""
@@ -450,6 +460,8 @@ class DomainProcess:
         if self._panic.feed(data):
             for connection in self._connections:
                 connection.event("panic", message=self._panic.message)
+            if self._session is not None:
+                self._panic_due = time.monotonic() + PANIC_GRACE
         for connection in attached:
             connection.emit(Kind.CONSOLE, data)
 
@@ -462,7 +474,15 @@ class DomainProcess:
         if not session.parked() and not session.congested():
             runner.release(self._agent_pieces)
 
+    def _give_up_on_panic(self) -> None:
+        """The kernel hangs after its panic; a domain for commands is of no more use."""
+        if self._stopped is None:
+            self._need().pause(lambda result: None)
+            self._has_stopped(Stop("reset", "the guest hangs"))
+
     def _has_stopped(self, stop: Stop) -> None:
+        if self._stopped is not None:
+            return
         self._flush_console()
         while self._console_due is not None:  # a client is slow; its own queue takes the rest
             self._console_due = None
