@@ -1,6 +1,8 @@
 """The Rust engines. Python code uses them through :mod:`nonroot.engines`."""
 
-from typing import Any, final
+from typing import Any, Self, final
+
+__all__ = ["VERSION", "Memory", "Vcpu", "agent", "coverage", "optimisations", "tiny_guest"]
 
 VERSION: str
 
@@ -8,7 +10,7 @@ VERSION: str
 class Memory:
     """Guest memory of one domain: backings (memfds) and the p2m."""
 
-    def __init__(self) -> None: ...
+    def __new__(cls) -> Self: ...
     def add_backing(self, fd: int, size: int) -> int:
         """Map ``size`` bytes of ``fd`` shared; returns the backing's number. OSError if mmap fails."""
     def map(self, gfn: int, count: int, backing: int, offset: int, writable: bool = True) -> None:
@@ -29,14 +31,14 @@ class Memory:
 class Vcpu:
     """One vCPU under the ``interpret`` engine."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: Memory,
         apic_id: int,
         cpuid: list[tuple[int, int, int, int, int, int]],
         msrs: dict[int, tuple[int, int]],
         options: dict[str, Any],
-    ) -> None:
+    ) -> Self:
         """
         ``cpuid``: (leaf, subleaf, eax, ebx, ecx, edx); subleaf 0xffffffff answers every subleaf. Dynamic bits
         (OSXSAVE, APIC enable, APIC ids, XSAVE sizes) are filled in by the engine.
@@ -49,15 +51,16 @@ class Vcpu:
         """
     def run(self, deadline_ns: int | None = None, limit: int | None = None) -> tuple[Any, ...]:
         """
-        Run until an exit; releases the GIL. ``deadline_ns``: machine time at which to return ``Interrupted`` (also out of
-        a halt: with a deadline, HLT inside ``run`` still returns Halt at once). ``limit``: the number of retired
+        Run until an exit; releases the GIL. ``deadline_ns``: machine time at which to return ``Interrupted`` (also out
+        of a halt: with a deadline, HLT inside ``run`` still returns Halt at once). ``limit``: the number of retired
         instructions (total) at which to return ``Interrupted``, exactly.
         Returns a tuple whose first item is the exit's number, see :mod:`nonroot.engines.exits`:
         (0 PORT_IO, port, size, write, count, data: bytes) · (1 MMIO, gpa, size, write, data) · (2 HALT,) ·
         (3 HYPERCALL, vmmcall) · (4 MSR_READ, index) · (5 MSR_WRITE, index, value) · (6 CPUID, leaf, subleaf) ·
-        (7 IOAPIC_EOI, vector) · (8 PIC_ACKNOWLEDGE,) · (9 INTERRUPT_WINDOW,) · (10 EXCEPTION, vector, error | None, address) ·
-        (11 CR_WRITE, register, value) · (12 DEBUG, dr6) · (13 TRIPLE_FAULT,) · (14 IPI, vector, mode, shorthand, logical,
-        level, assert, destination) · (15 INTERRUPTED,) · (16 FAILURE, reason)
+        (7 IOAPIC_EOI, vector) · (8 PIC_ACKNOWLEDGE,) · (9 INTERRUPT_WINDOW,) ·
+        (10 EXCEPTION, vector, error | None, address) · (11 CR_WRITE, register, value) · (12 DEBUG, dr6) ·
+        (13 TRIPLE_FAULT,) · (14 IPI, vector, mode, shorthand, logical, level, assert, destination) ·
+        (15 INTERRUPTED,) · (16 FAILURE, reason)
         """
     def complete(self, data: bytes) -> None:
         """Answer the last PORT_IO input, MMIO load, MSR_READ (8 bytes) or CPUID (16 bytes) exit."""
@@ -66,7 +69,10 @@ class Vcpu:
     def set_pic_vector(self, vector: int) -> None:
         """Answer PIC_ACKNOWLEDGE."""
     def kick(self) -> None:
-        """Make ``run`` (or ``wait``) return Interrupted soon, from any thread; if not running, the next ``run`` returns at once."""
+        """Make ``run`` (or ``wait``) return Interrupted soon, from any thread.
+
+        If it is not running, the next ``run`` returns at once.
+        """
     def wait(self, deadline_ns: int | None) -> bool:
         """Sleep (GIL released, no CPU) until an interrupt is deliverable, ``kick``, or machine time reaches the
         deadline; the LAPIC timer is included. True if there is something to run."""
@@ -80,7 +86,10 @@ class Vcpu:
         """Inject an external interrupt vector as soon as RFLAGS.IF and shadows allow (no LAPIC or PIC involved)."""
     def request_interrupt_window(self, wanted: bool) -> None: ...
     def set_guest_debug(self, single_step: bool, breakpoints: list[tuple[int, int, int]]) -> None:
-        """Debug exits for the caller, invisible to the guest: breakpoints are (address, length 1/2/4/8, type 0 exec, 1 write, 3 rw)."""
+        """Debug exits for the caller, invisible to the guest.
+
+        Breakpoints are (address, length 1/2/4/8, type 0 exec, 1 write, 3 rw).
+        """
     def state(self) -> dict[str, Any]:
         """The complete architectural state, engine-independent; keys in :class:`nonroot.engines.state.VcpuState`."""
     def set_state(self, state: dict[str, Any]) -> None:

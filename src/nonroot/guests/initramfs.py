@@ -1,7 +1,6 @@
 """The small Linux userland around a static busybox, as an initramfs."""
 
 from nonroot.boot.cpio import Cpio
-
 from nonroot.guests.busybox import applets
 
 __all__ = ["INIT", "RECIPE", "build"]
