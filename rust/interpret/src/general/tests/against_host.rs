@@ -5,7 +5,7 @@ use super::generate::{codes, instruction, registers, NUMBERS};
 use super::host::{Host, HostState, WINDOW};
 use crate::cpu::Cpu;
 use crate::state::*;
-use crate::testing::{long_mode, poke, step, Rng, CODE, DATA};
+use crate::testing::{long_mode, peek, poke, protected32, step, Rng, CODE, DATA, STACK};
 use iced_x86::{Encoder, Instruction, Mnemonic as M, OpKind};
 use std::sync::atomic::Ordering;
 use std::sync::Mutex;
@@ -106,7 +106,7 @@ fn execute(cpu: &mut Cpu, rng: &mut Rng, bytes: &[u8], run_loop: bool) -> Result
 /// Runs `rounds` random instructions from `seed`; returns how many were compared.
 fn compare(seed: u64, rounds: usize, run_loop: bool) -> usize {
     let _owner = WINDOW_OWNER.lock().unwrap_or_else(|e| e.into_inner());
-    let codes = codes();
+    let codes = codes(64);
     let mut rng = Rng(seed);
     let mut host = Host::new();
     let mut cpu = long_mode();
@@ -114,8 +114,8 @@ fn compare(seed: u64, rounds: usize, run_loop: bool) -> usize {
     let mut compared = 0;
     for round in 0..rounds {
         let code = codes[(round + seed as usize) % codes.len()];
-        let Some(i) = instruction(&mut rng, code) else { continue };
-        let state = registers(&mut rng, &i);
+        let Some(i) = instruction(&mut rng, code, 64) else { continue };
+        let state = registers(&mut rng, &i, 64);
         let bits = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc);
         if bits && i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register {
             let n = i.op1_register().full_register().number();
@@ -194,7 +194,7 @@ fn random_instructions(run_loop: bool) {
         |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
     let rounds = number("NONROOT_TEST_ROUNDS", 50_000) as usize;
     let seed = number("NONROOT_TEST_SEED", 1);
-    assert!(codes().len() > 450, "only {} instruction codes are tested", codes().len());
+    assert!(codes(64).len() > 450, "only {} instruction codes are tested", codes(64).len());
     let compared = compare(seed, rounds, run_loop);
     assert!(compared * 10 > rounds * 8, "only {compared} of {rounds} instructions were compared");
 }
@@ -207,4 +207,47 @@ fn random_instructions_agree_with_the_host() {
 #[test]
 fn random_instructions_in_the_run_loop_agree_with_the_host() {
     random_instructions(true);
+}
+
+/// 32-bit mode, where the host cannot be asked: the run loop and the general
+/// executor must agree.
+#[test]
+fn thirty_two_bit_instructions_agree_in_both_executors() {
+    let codes = codes(32);
+    assert!(codes.len() > 250, "only {} instruction codes are tested", codes.len());
+    let mut rng = Rng(3);
+    let (mut plain, mut looped) = (protected32(), protected32());
+    let mut compared = 0;
+    for round in 0..20_000 {
+        let Some(i) = instruction(&mut rng, codes[round % codes.len()], 32) else { continue };
+        let state = registers(&mut rng, &i, 32);
+        let mut encoder = Encoder::new(32);
+        if encoder.encode(&i, CODE).is_err() {
+            continue;
+        }
+        let mut bytes = encoder.take_buffer();
+        bytes.push(0xcc);
+        let mut fill = vec![0u8; WINDOW];
+        fill.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&rng.next().to_le_bytes()));
+        let mut results = Vec::new();
+        for (cpu, run_loop) in [(&mut plain, false), (&mut looped, true)] {
+            poke(cpu, DATA, &fill);
+            cpu.r.gpr[..8].copy_from_slice(&state.gpr[..8]);
+            cpu.r.gpr[reg::RSP] = STACK;
+            cpu.r.rip = CODE;
+            cpu.set_rflags(state.flags);
+            let result = execute(cpu, &mut rng, &bytes, run_loop);
+            let registers: [u64; 8] = std::array::from_fn(|n| cpu.r.gpr[n]);
+            results.push((result, registers, cpu.rflags(), peek(cpu, DATA, WINDOW)));
+        }
+        assert!(
+            results[0] == results[1],
+            "round {round}: {:?} {bytes:02x?}\n{state:x?}\n{:x?}\n{:x?}",
+            i.code(),
+            (&results[0].0, results[0].1, results[0].2),
+            (&results[1].0, results[1].1, results[1].2)
+        );
+        compared += u32::from(results[0].0.is_ok());
+    }
+    assert!(compared > 15_000, "only {compared}");
 }

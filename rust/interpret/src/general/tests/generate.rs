@@ -150,14 +150,17 @@ fn host_has(code: Code) -> bool {
         CpuidFeature::SSE4_2 => is_x86_feature_detected!("sse4.2"),
         CpuidFeature::CMPXCHG16B => is_x86_feature_detected!("cmpxchg16b"),
         CpuidFeature::TBM | CpuidFeature::KNC => false,
+        CpuidFeature::INTEL386_A0_ONLY | CpuidFeature::INTEL486_A_ONLY => false,
         _ => true,
     })
 }
 
-/// Instruction codes to test: 64-bit forms without privileges or control transfers.
-pub fn codes() -> Vec<Code> {
+/// Instruction codes to test in 64-bit or 32-bit mode: forms without privileges or
+/// control transfers.
+pub fn codes(bits: u32) -> Vec<Code> {
+    let exists = |c: Code| if bits == 64 { c.op_code().mode64() } else { c.op_code().mode32() };
     Code::values()
-        .filter(|c| MNEMONICS.contains(&c.mnemonic()) && c.op_code().mode64() && host_has(*c))
+        .filter(|c| MNEMONICS.contains(&c.mnemonic()) && exists(*c) && host_has(*c))
         .filter(|c| {
             let o = c.op_code();
             (0..o.op_count()).all(|n| operand_supported(o.op_kind(n)))
@@ -209,11 +212,11 @@ fn operand_supported(k: K) -> bool {
 /// General registers an operand may be: not RSP, and not R15 (the host's own).
 pub const NUMBERS: &[u32] = &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14];
 
-fn register(rng: &mut Rng, size: usize) -> Register {
-    let n = rng.pick(NUMBERS);
+fn register(rng: &mut Rng, size: usize, bits: u32) -> Register {
+    let n = rng.pick(if bits == 64 { NUMBERS } else { &NUMBERS[..7] });
     match size {
         1 => {
-            if rng.below(4) == 0 {
+            if rng.below(4) == 0 || bits == 32 && n > 3 {
                 return rng.pick(&[Register::AH, Register::CH, Register::DH, Register::BH]);
             }
             // 5..7 as bytes are BPL, SIL, DIL here.
@@ -268,11 +271,12 @@ fn value(rng: &mut Rng) -> u64 {
 }
 
 /// Builds a random instruction of `code`; `None` if its operands cannot be combined.
-pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
+pub fn instruction(rng: &mut Rng, code: Code, bits: u32) -> Option<Instruction> {
     let o = code.op_code();
     let mut i = Instruction::default();
     i.set_code(code);
     let memory = rng.below(2) == 0;
+    let string_widths = if bits == 64 { 2 } else { 1 };
     let mut uses_memory = false;
     for n in 0..o.op_count() {
         let k = o.op_kind(n);
@@ -286,7 +290,7 @@ pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
                 *used = true;
             } else {
                 i.set_op_kind(n, OpKind::Register);
-                i.set_op_register(n, register(rng, size));
+                i.set_op_register(n, register(rng, size, bits));
             }
         };
         let immediate = |i: &mut Instruction, kind: OpKind, v: u64| {
@@ -303,10 +307,10 @@ pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
             K::r16_or_mem => either(rng, &mut i, 2, &mut uses_memory),
             K::r32_or_mem => either(rng, &mut i, 4, &mut uses_memory),
             K::r64_or_mem => either(rng, &mut i, 8, &mut uses_memory),
-            K::r8_reg | K::r8_opcode => reg(&mut i, register(rng, 1)),
-            K::r16_reg | K::r16_rm | K::r16_opcode => reg(&mut i, register(rng, 2)),
-            K::r32_reg | K::r32_rm | K::r32_opcode | K::r32_vvvv => reg(&mut i, register(rng, 4)),
-            K::r64_reg | K::r64_rm | K::r64_opcode | K::r64_vvvv => reg(&mut i, register(rng, 8)),
+            K::r8_reg | K::r8_opcode => reg(&mut i, register(rng, 1, bits)),
+            K::r16_reg | K::r16_rm | K::r16_opcode => reg(&mut i, register(rng, 2, bits)),
+            K::r32_reg | K::r32_rm | K::r32_opcode | K::r32_vvvv => reg(&mut i, register(rng, 4, bits)),
+            K::r64_reg | K::r64_rm | K::r64_opcode | K::r64_vvvv => reg(&mut i, register(rng, 8, bits)),
             K::al => reg(&mut i, Register::AL),
             K::cl => reg(&mut i, Register::CL),
             K::ax => reg(&mut i, Register::AX),
@@ -322,7 +326,7 @@ pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
             K::imm32sex64 => immediate(&mut i, OpKind::Immediate32to64, v as i32 as u64),
             K::imm64 => immediate(&mut i, OpKind::Immediate64, v),
             K::seg_rSI => {
-                let kind = rng.pick(&[OpKind::MemorySegRSI, OpKind::MemorySegESI]);
+                let kind = rng.pick(&[OpKind::MemorySegESI, OpKind::MemorySegRSI][..string_widths]);
                 // Both index registers have the same width.
                 let kind = match i.op0_kind() {
                     OpKind::MemoryESRDI => OpKind::MemorySegRSI,
@@ -335,24 +339,27 @@ pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
                 let kind = match i.op0_kind() {
                     OpKind::MemorySegRSI => OpKind::MemoryESRDI,
                     OpKind::MemorySegESI => OpKind::MemoryESEDI,
-                    _ => rng.pick(&[OpKind::MemoryESRDI, OpKind::MemoryESEDI]),
+                    _ => rng.pick(&[OpKind::MemoryESEDI, OpKind::MemoryESRDI][..string_widths]),
                 };
                 i.set_op_kind(n, kind);
             }
             K::seg_rBX_al => {
                 i.set_op_kind(n, OpKind::Memory);
-                i.set_memory_base(Register::RBX);
+                i.set_memory_base(if bits == 64 { Register::RBX } else { Register::EBX });
                 i.set_memory_index(Register::AL);
             }
             _ => return None,
         }
     }
     if uses_memory {
-        let wide = rng.below(4) != 0;
+        let wide = bits == 64 && rng.below(4) != 0;
         let (base, index) = if wide {
             (rng.pick(&[Register::RSI, Register::RDI]), Register::R8)
         } else {
-            (rng.pick(&[Register::ESI, Register::EDI]), Register::R8D)
+            (
+                rng.pick(&[Register::ESI, Register::EDI]),
+                if bits == 64 { Register::R8D } else { Register::EBP },
+            )
         };
         i.set_memory_base(base);
         let aligned = code.mnemonic() == M::Cmpxchg16b;
@@ -379,10 +386,11 @@ pub fn instruction(rng: &mut Rng, code: Code) -> Option<Instruction> {
 
 /// Registers that fit the instruction: pointers into the window, divisors that
 /// mostly do not overflow, bit offsets that stay near.
-pub fn registers(rng: &mut Rng, i: &Instruction) -> HostState {
+pub fn registers(rng: &mut Rng, i: &Instruction, bits: u32) -> HostState {
+    let index = if bits == 64 { 8 } else { reg::RBP };
     let mut s = HostState { gpr: [0; 16], flags: rng.next() & rflags::STATUS | 0x202 };
     for g in s.gpr.iter_mut() {
-        *g = value(rng);
+        *g = if bits == 64 { value(rng) } else { value(rng) & 0xffff_ffff };
     }
     match i.mnemonic() {
         M::Div | M::Idiv => {
@@ -399,7 +407,7 @@ pub fn registers(rng: &mut Rng, i: &Instruction) -> HostState {
         M::Xlatb => s.gpr[reg::RBX] = DATA + 0x800,
         _ => {}
     }
-    let bits = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc);
+    let bit_test = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc);
     let uses_memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     if i.is_string_instruction() {
         s.gpr[reg::RSI] = DATA + 0x800 + rng.below(0x1000);
@@ -423,13 +431,16 @@ pub fn registers(rng: &mut Rng, i: &Instruction) -> HostState {
             // because the offset reaches 1/8 of it: the comparison leaves such combinations out.
             s.gpr[r] = DATA + 0xc00 + (rng.below(0x800) & align);
         }
-        s.gpr[8] = rng.below(16);
-        if bits && i.op1_kind() == OpKind::Register {
+        s.gpr[index] = rng.below(16);
+        if bit_test && i.op1_kind() == OpKind::Register {
             let n = i.op1_register().full_register().number();
             if ![reg::RSI, reg::RDI].contains(&n) {
-                s.gpr[n] = if n == 8 { rng.below(64) } else { rng.below(8192).wrapping_sub(4096) };
+                s.gpr[n] = if n == index { rng.below(64) } else { rng.below(8192).wrapping_sub(4096) };
             }
         }
+    }
+    if bits == 32 {
+        s.gpr.iter_mut().for_each(|g| *g &= 0xffff_ffff);
     }
     s
 }
