@@ -1,7 +1,7 @@
 """Output in pieces and input on demand."""
 
 from nonroot.hvm.clock import ManualClock
-from nonroot.hvm.streams import FLUSH_NS, FLUSH_SIZE, InputQueue, OutputBuffer
+from nonroot.hvm.streams import FLUSH_NS, InputQueue, OutputBuffer
 
 
 def test_output_goes_line_by_line() -> None:
@@ -27,14 +27,6 @@ def test_partial_line_waits_only_so_long() -> None:
     out.advance(1000 + FLUSH_NS)
     assert pieces == [b"$"]
     assert out.deadline() is None
-
-
-def test_long_output_without_lines() -> None:
-    pieces = list[bytes]()
-    out = OutputBuffer(ManualClock(), pieces.append)
-    for _ in range(FLUSH_SIZE):
-        out.put(0)
-    assert [len(p) for p in pieces] == [FLUSH_SIZE]
 
 
 def test_input_waits_until_it_is_wanted() -> None:

@@ -46,9 +46,9 @@ class Bus:
         self._mask = self._limit - 1
         self._events = events
         self._ranges: list[Range] = []
-        # key: address << 4 | size; value: the device's method and its offset
-        self._reads: dict[int, tuple[Callable[[int, int], int], int]] = {}
-        self._writes: dict[int, tuple[Callable[[int, int, int], None], int]] = {}
+        # key: address << 4 | size; value: the device's method and its offset. The exit handlers look here themselves.
+        self.reads: dict[int, tuple[Callable[[int, int], int], int]] = {}
+        self.writes: dict[int, tuple[Callable[[int, int, int], None], int]] = {}
         self._blocks: dict[int, tuple[BlockDevice, int]] = {}
 
     def add(self, base: int, length: int, device: Device, offset: int = 0, sizes: tuple[int, ...] = (1,)) -> None:
@@ -67,8 +67,8 @@ class Bus:
         for size in sizes:
             for delta in range(length - size + 1):
                 key = base + delta << 4 | size
-                self._reads[key] = (device.read, offset + delta)
-                self._writes[key] = (device.write, offset + delta)
+                self.reads[key] = (device.read, offset + delta)
+                self.writes[key] = (device.write, offset + delta)
                 if block is not None:
                     self._blocks[key] = (block, offset + delta)
 
@@ -79,7 +79,7 @@ class Bus:
 
     def read(self, address: int, size: int) -> int:
         """A load of ``size`` bytes."""
-        entry = self._reads.get(address << 4 | size)
+        entry = self.reads.get(address << 4 | size)
         if entry is not None:
             return entry[0](entry[1], size)
         if size == 1:
@@ -92,7 +92,7 @@ class Bus:
 
     def write(self, address: int, size: int, value: int) -> None:
         """A store of ``size`` bytes."""
-        entry = self._writes.get(address << 4 | size)
+        entry = self.writes.get(address << 4 | size)
         if entry is not None:
             entry[0](entry[1], size, value)
         elif size == 1:

@@ -74,6 +74,8 @@ class MachineConfig:
     """Place every guest frame at a random place of the backing."""
     virtual_time: tuple[int, int] | None = None
     """Time as a function of retired instructions: (numerator, denominator) ns each. None: real time."""
+    random_seed: int = 0
+    """Where RDRAND starts in virtual time; in real time it is the host's."""
     engine_off: frozenset[str] = field(default_factory=frozenset)
     """Optimisations of the engine to switch off."""
 
@@ -122,7 +124,7 @@ class Machine:
         finalize(self, close_files, self.memory_files)
         if policy is None:
             policy = CpuPolicy.build(engine.cpu_features)
-        options = EngineOptions(virtual_time=config.virtual_time, off=config.engine_off)
+        options = EngineOptions(virtual_time=config.virtual_time, random_seed=config.random_seed, off=config.engine_off)
         self.vcpu: Vcpu = engine.create_vcpu(self.memory, policy, 0, options)
         self.vcpus: tuple[Vcpu, ...] = (self.vcpu,)
         for address, data in (*acpi.image(), *self.plan.pieces):

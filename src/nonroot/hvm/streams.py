@@ -7,45 +7,47 @@ from nonroot.hvm.device import Clock
 
 __all__ = ["InputQueue", "OutputBuffer"]
 
-FLUSH_SIZE: Final = 4096
 FLUSH_NS: Final = 5_000_000
 """Output waits at most this long (machine time) for the rest of its line."""
 NEWLINE: Final = 0x0A
 
 
 class OutputBuffer:
-    """A sink that passes bytes on in pieces: at a line's end, when there are many, at a halt, or after 5 ms."""
+    """A sink that passes bytes on in pieces: at a line's end, at a halt, or after 5 ms."""
 
     def __init__(self, clock: Clock, consumer: Callable[[bytes], object]) -> None:
         self._clock = clock
         self._consumer = consumer
         self._data = bytearray()
+        self._append = self._data.append
+        self._waiting = False
         self._since = 0
 
     def put(self, byte: int) -> None:
         """One byte (0..255)."""
-        data = self._data
-        if not data:
+        self._append(byte)
+        if byte == NEWLINE:
+            self.flush()
+        elif not self._waiting:
+            self._waiting = True
             self._since = self._clock.now_ns()
             self._clock.rearm()
-        data.append(byte)
-        if byte == NEWLINE or len(data) >= FLUSH_SIZE:
-            self.flush()
 
     def flush(self) -> None:
         """Pass on what there is."""
         if self._data:
             data = bytes(self._data)
             self._data.clear()
+            self._waiting = False
             self._consumer(data)
 
     def deadline(self) -> int | None:
         """When :meth:`advance` will flush (machine time, ns)."""
-        return self._since + FLUSH_NS if self._data else None
+        return self._since + FLUSH_NS if self._waiting else None
 
     def advance(self, now_ns: int) -> None:
         """Flush what has waited long enough."""
-        if self._data and now_ns >= self._since + FLUSH_NS:
+        if self._waiting and now_ns >= self._since + FLUSH_NS:
             self.flush()
 
 
