@@ -47,7 +47,7 @@ class Vcpu:
         ``options``: ``tsc_khz`` (int, default 1_000_000), ``apic_bus_hz`` (int, 25_000_000),
         ``virtual_time`` (None or (numerator, denominator) ns per retired instruction), ``off`` (names of optimisations
         to switch off, see :func:`optimisations`), ``msr_exits`` (bool), ``exception_exits`` (bitmap of vectors),
-        ``cr_exits`` (bool).
+        ``cr_exits`` (bool), ``random_seed`` (int, 0: where RDRAND starts under virtual time).
         """
     def run(self, deadline_ns: int | None = None, limit: int | None = None) -> tuple[Any, ...]:
         """

@@ -39,6 +39,7 @@ pub fn config(
             "msr_exits" => config.msr_exits = named(&name, &value)?,
             "exception_exits" => config.exception_exits = named(&name, &value)?,
             "cr_exits" => config.cr_exits = named(&name, &value)?,
+            "random_seed" => config.random_seed = named(&name, &value)?,
             "virtual_time" => {
                 if let Some((num, den)) = named::<Option<(u64, u64)>>(&name, &value)? {
                     if den == 0 || num == 0 || num > 1 << 32 || den > 1 << 32 {

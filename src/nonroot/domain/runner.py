@@ -81,6 +81,7 @@ class Runner:
             agent=options.agent and options.agent_ports,
             scramble_seed=options.scramble_seed,
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
+            random_seed=options.seed,
             engine_off=frozenset(options.off),
         )
         outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))

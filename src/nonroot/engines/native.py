@@ -92,6 +92,7 @@ class InterpretEngine:
             "tsc_khz": policy.tsc_khz,
             "apic_bus_hz": CRYSTAL_HZ,
             "virtual_time": options.virtual_time,
+            "random_seed": options.random_seed,
             "off": sorted(options.off),
             "msr_exits": options.msr_exits,
             "exception_exits": sum(1 << v for v in options.exception_exits if 0 <= v < 32),

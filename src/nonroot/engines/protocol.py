@@ -68,6 +68,8 @@ class EngineOptions:
 
     #: None for real time, or (numerator, denominator): ns per retired instruction.
     virtual_time: tuple[int, int] | None = None
+    #: Where RDRAND and RDSEED start under virtual time; in real time they are the host's.
+    random_seed: int = 0
     #: Names of optimisations to switch off.
     off: frozenset[str] = field(default_factory=frozenset)
     #: Unknown MSRs exit instead of raising #GP.
