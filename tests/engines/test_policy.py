@@ -89,6 +89,11 @@ def test_no_vulnerabilities() -> None:
     for bit in (0, 1, 4, 5, 6, 8, 13, 14, 15, 20, 24, 26, 27, 62):
         assert value >> bit & 1
     assert writable == 0
+    # Linux does without its software mitigation of BHI if it may set BHI_DIS_S.
+    assert leaf(CpuPolicy.build(ALL), 7, 0)[0] == 2
+    assert leaf(CpuPolicy.build(ALL), 7, 2)[3] >> 4 & 1
+    assert CpuPolicy.build(ALL).msrs()[0x48][1] >> 10 & 1
+    assert CpuPolicy.build(ALL, disable=["bhi_ctrl"]).msrs()[0x48][1] == 7
     assert 0x10A not in CpuPolicy.build(ALL, disable=["arch_capabilities"]).msrs()
 
 

@@ -4,7 +4,8 @@ Which CPU guests see: CPUID leaves, model-specific registers at reset, clock rat
 The CPU is an Intel-compatible one of family 6 with the features of :data:`FEATURES` that the engine implements. Vector
 features that the engine runs natively exist only where the host has them. ``IA32_ARCH_CAPABILITIES`` says that it is
 not vulnerable to what mitigations are for, which is true of engines that do not speculate on guest instructions, so
-that guests do not slow themselves down.
+that guests do not slow themselves down. Linux does not rely on ``BHI_NO`` and would clear the branch history at every
+system call; with ``bhi_ctrl`` it sets a bit once instead, BHI_DIS_S of IA32_SPEC_CTRL, which has no effect here.
 
 Sources: Intel SDM volume 2A, CPUID; volume 4, model-specific registers.
 """
@@ -94,6 +95,7 @@ FEATURES: Final[Mapping[str, Feature]] = {
     "vpclmulqdq": _vector(7, "ecx", 10, "avx", "pclmulqdq", default=False),
     "sha_ni": _vector(7, "ebx", 29, default=False),
     **_leaf(7, "edx", fsrm=4, spec_ctrl=26, arch_capabilities=29),
+    "bhi_ctrl": Feature(7, 2, "edx", 4, ("spec_ctrl",)),
     **{name: Feature(0xD, 1, "eax", bit, ("xsave",)) for name, bit in (("xsaveopt", 0), ("xsavec", 1), ("xgetbv1", 2))},
     **_leaf(0x80000001, "ecx", lahf_lm=0, abm=5),
     "3dnowprefetch": Feature(0x80000001, 0, "ecx", 8),
@@ -215,7 +217,9 @@ class CpuPolicy:
         table[4, 2] = [0x143 | cores, 0x03C0003F, 1023, 0]  # L2: 1 MiB, 16 ways
         table[4, 3] = [0x163 | cores | ((1 << shift) - 1) << 14, 0x03C0003F, 16383, 4]  # L3: 16 MiB, 16 ways
         table[6, ANY_SUBLEAF] = [0, 0, 0, 0]
-        table[7, 0] = [0, 0, 0, 0]
+        table[7, 0] = [2, 0, 0, 0]
+        table[7, 1] = [0, 0, 0, 0]
+        table[7, 2] = [0, 0, 0, 0]
         table[0xB, 0] = [0, 1, 0x100, 0]
         table[0xB, 1] = [shift, self.vcpus, 0x201, 0]
         table[0xB, ANY_SUBLEAF] = [0, 0, 0, 0]
@@ -261,7 +265,7 @@ class CpuPolicy:
         if "arch_capabilities" in self.features:
             msrs[0x10A] = (_ARCH_CAPABILITIES, 0)
         if "spec_ctrl" in self.features:
-            msrs[0x48] = (0, 7)  # IA32_SPEC_CTRL
+            msrs[0x48] = (0, 0x407 if "bhi_ctrl" in self.features else 7)  # IA32_SPEC_CTRL
             msrs[0x49] = (0, 0)  # IA32_PRED_CMD
         for index in (0x250, 0x258, 0x259, *range(0x268, 0x270)):
             msrs[index] = (0 if index == 0x259 else _WB8, (1 << 64) - 1)
