@@ -33,8 +33,9 @@ def test_every_exit(code: ExitCode) -> None:
     assert dataclasses.astuple(record) == EXAMPLES[code]
     assert record == from_raw((int(code), *EXAMPLES[code]))
     assert type(record).__name__ in exits.__all__
-    with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
-        record.port = 5  # type: ignore[misc, union-attr]
+    if code not in (ExitCode.PORT_IO, ExitCode.MMIO):  # these two are not frozen, for speed
+        with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
+            record.port = 5  # type: ignore[misc, union-attr]
 
 
 @pytest.mark.parametrize("raw", [(), (17,), (-1,), (2, 5), (0, 1), ("x",)])
