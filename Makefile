@@ -84,6 +84,10 @@ check: $(STAMPS)/dev
 	$(PY) scripts/check_crates.py
 	$(CARGO) fmt $(MANIFEST) --all --check
 	$(CARGO) clippy $(MANIFEST) --workspace --all-targets --locked --quiet -- -D warnings
+	@if [ -d "$$(rustc --print sysroot)/lib/rustlib/aarch64-unknown-linux-gnu" ]; then \
+		PYO3_NO_PYTHON=1 $(CARGO) check $(MANIFEST) --workspace --exclude nonroot-hostcpu --locked --quiet \
+			--target aarch64-unknown-linux-gnu; \
+	else echo "no standard library for aarch64 (rustup target add aarch64-unknown-linux-gnu): that check is skipped"; fi
 	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight scripts/test_wheel .ci/run; \
 	else echo "shellcheck is not installed: skipped"; fi
 	@echo "check: all clean"
