@@ -375,6 +375,33 @@ impl Cpu {
         }
     }
 
+    /// Delivers the event that a state record has in flight ([`Cpu::pending_event`]).
+    /// Software interrupts need nothing: their instruction runs again.
+    pub fn deliver_pending_event(&mut self) -> Result<(), Exit> {
+        let Some(event) = self.pending_event.take() else { return Ok(()) };
+        match event.kind {
+            EventKind::External => self.deliver_external(event.vector),
+            EventKind::Nmi => self.deliver_nmi(),
+            // What it did to CR2 and DR6 is in the record.
+            EventKind::Exception => {
+                let (cr2, dr6, dr7) = (self.r.cr2, self.r.dr6, self.r.dr7);
+                let fault = Fault {
+                    vector: event.vector,
+                    error: event.error,
+                    address: cr2,
+                    trap: event.vector == vector::DB,
+                    dr6: dr6 & dr6::BREAKPOINTS,
+                };
+                let result = self.raise(fault);
+                if event.vector == vector::DB {
+                    (self.r.dr6, self.r.dr7) = (dr6, dr7);
+                }
+                result
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// INT n, INT3, INTO (taken) and INT1: `r.rip` is the instruction, `next_rip`
     /// the return address; on success the handler.
     pub fn soft_interrupt(&mut self, kind: EventKind, vector: u8) -> X {

@@ -37,6 +37,12 @@ impl Cpu {
                 return exit;
             }
         }
+        if self.pending_event.is_some() {
+            // Out of a state record.
+            if let Err(exit) = self.deliver_pending_event() {
+                return exit;
+            }
+        }
         let mut slice_end = self.retired;
         loop {
             if self.mailbox.requests.load(Ordering::Relaxed) != 0 {

@@ -366,6 +366,30 @@ fn nmi_is_blocked_until_iret() {
 }
 
 #[test]
+fn events_of_state_records() {
+    for (event, handler) in [
+        (external(0x40), 0x40),
+        (Event { kind: EventKind::Nmi, vector: 2, error: None }, 2),
+        (Event { kind: EventKind::Exception, vector: vector::PF, error: Some(4) }, 14),
+    ] {
+        let mut cpu = long3();
+        poke(&cpu, HANDLERS + 16 * handler, &[0xf4]);
+        cpu.r.cr2 = 0x1234;
+        cpu.pending_event = Some(event);
+        assert_eq!(cpu.run(None, None), Exit::Halt);
+        assert_eq!((cpu.r.rip, cpu.r.cr2), (HANDLERS + 16 * handler + 1, 0x1234));
+        assert_eq!((cpu.nmi_blocked, cpu.pending_event), (handler == 2, None));
+    }
+    // A software interrupt's instruction runs again.
+    let mut cpu = long3();
+    poke(&cpu, crate::testing::CODE, &[0xcd, 0x80]);
+    poke(&cpu, HANDLERS + 0x800, &[0xf4]);
+    cpu.pending_event = Some(Event { kind: EventKind::SoftInterrupt, vector: 0x80, error: None });
+    assert_eq!(cpu.run(None, None), Exit::Halt);
+    assert_eq!(qwords(&cpu, STACK0 - 40, 1), [crate::testing::CODE + 2]);
+}
+
+#[test]
 fn pushes_use_the_inner_level() {
     // SMAP: a user page as level-0 stack faults, unless RFLAGS.AC says otherwise.
     let mut cpu = long3();
