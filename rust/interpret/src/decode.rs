@@ -54,6 +54,27 @@ fn exchange_or_pause(i: Instruction, bytes: &[u8], bitness: u32) -> Instruction 
     Decoder::new(bitness, &without, DecoderOptions::NONE).decode()
 }
 
+/// Whether what iced calls invalid would be an instruction if it might be longer than 15 bytes,
+/// which raises #GP instead of #UD (SDM 2A 2.3.11).
+fn too_long(bytes: &[u8], bitness: u32) -> bool {
+    if bytes.len() < MAX_INSTRUCTION {
+        return false;
+    }
+    let prefix = |byte: u8| {
+        matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
+            || bitness == 64 && byte & 0xf0 == 0x40
+    };
+    match bytes.iter().position(|&byte| !prefix(byte)) {
+        None => true,
+        Some(opcode) => {
+            // Operands only matter for the length.
+            let mut rest = bytes[opcode..].to_vec();
+            rest.resize(MAX_INSTRUCTION, 0);
+            !Decoder::new(bitness, &rest, DecoderOptions::NONE).decode().is_invalid()
+        }
+    }
+}
+
 /// An instruction longer than 15 bytes.
 fn op_too_long(cpu: &mut Cpu, _: &Op) -> X {
     Err(cpu.gp(0))
@@ -166,6 +187,16 @@ impl Cpu {
         while block.count < max && decoder.can_decode() {
             let start = decoder.position();
             let mut i = decoder.decode();
+            if i.is_invalid() && too_long(&bytes[start..decoder.position()], self.bitness()) {
+                if block.count == 0 {
+                    let mut op = plain(op_too_long);
+                    op.next = 1;
+                    ops.push(op);
+                    block.count = 1;
+                    block.len = (start + MAX_INSTRUCTION) as u16;
+                }
+                break;
+            }
             if i.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
                 if room - start >= MAX_INSTRUCTION {
                     if block.count == 0 {
@@ -196,7 +227,12 @@ impl Cpu {
                 i = d.decode();
                 block.second_page = second;
                 let len = i.len();
-                if i.is_invalid() && d.last_error() == DecoderError::NoMoreBytes || len > MAX_INSTRUCTION {
+                if i.code() == Code::Pause {
+                    i = exchange_or_pause(i, &bytes[..len], self.bitness());
+                }
+                let unfinished = i.is_invalid() && d.last_error() == DecoderError::NoMoreBytes;
+                let longer = i.is_invalid() && too_long(&bytes[..MAX_INSTRUCTION], self.bitness());
+                if unfinished || longer || len > MAX_INSTRUCTION {
                     let mut op = plain(op_too_long);
                     op.next = 1;
                     ops.push(op);

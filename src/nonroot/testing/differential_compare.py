@@ -44,7 +44,9 @@ _FAR = frozenset({
     Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
     Mnemonic.LSS,
 })  # fmt: skip
-_TO_MMX = frozenset({Mnemonic.CVTPD2PI, Mnemonic.CVTTPD2PI, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI})
+_TO_MMX = frozenset({
+    Mnemonic.CVTPD2PI, Mnemonic.CVTTPD2PI, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI, Mnemonic.CVTPI2PS, Mnemonic.CVTPI2PD,
+})  # fmt: skip
 _MASKED = frozenset({Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU})
 _PAGE_OR_ALIGNMENT = frozenset({12, 13, 14, 17})
 #: Linux's user address space ends a page before the canonical hole; it reports faults above as if pages were present.
@@ -89,8 +91,8 @@ def _left_to_the_cpu(case: Case, judge: Result, tested: Result) -> bool:
         return vectors <= _PAGE_OR_ALIGNMENT  # frames pushed before the fault stay in memory, or do not
     if mnemonic == Mnemonic.VCVTPS2PH:
         return vectors == {14, 19}
-    if mnemonic in _TO_MMX:
-        return vectors == {19}  # AMD enters MMX mode before the exception
+    if mnemonic in _TO_MMX and vectors == {19}:
+        return True  # AMD enters MMX mode before the exception
     return mnemonic == Mnemonic.CVTPI2PS and vectors == {14, 16}
 
 

@@ -69,7 +69,7 @@ def rflags_of(bits: int) -> int:
 
 def has_forbidden_bytes(code: bytes) -> bool:
     """Whether code has the bytes of a system call anywhere, even across instructions."""
-    return b"\x0f\x05" in code or b"\x0f\x34" in code or b"\xcd" in code
+    return b"\x0f\x05" in code or b"\x0f\x34" in code or b"\xcd\x80" in code
 
 
 class _Sequence:
@@ -381,8 +381,6 @@ class _Sequence:
             self.encoder.take_buffer()
             return False
         data = self.encoder.take_buffer()
-        if instruction.op_count and instruction.op0_kind in (OpKind.NEAR_BRANCH16,) and self.bits == 32:
-            return False  # truncates EIP; vendors agree, but nothing is mapped there
         if has_forbidden_bytes(data):
             return False
         self._append(instruction, data, branch)
