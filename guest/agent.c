@@ -277,6 +277,7 @@ static int child_done; /* it has ended; status below, its last output still to b
 static int child_status;
 static int in_fd = -1, out_fd = -1, err_fd = -1, console_fd = -1;
 static int is_pty;
+static int pty_idle; /* nobody has the terminal open now; closing our end would send the command SIGHUP */
 static int signal_fd = -1;
 static int cancelled;
 static int copying_out;
@@ -483,7 +484,7 @@ static void start(u8 *p, u32 n)
     stdin_used = 0;
     stdin_ends = 0;
     child_done = 0;
-    is_pty = 0;
+    is_pty = pty_idle = 0;
     if ((r = call2(SYS_pipe2, report, O_CLOEXEC)) < 0)
         goto failed;
     if (flags & FLAG_PTY) {
@@ -577,10 +578,15 @@ static int pump_output(int *fd, u8 type)
         return 1;
     if (r == -EAGAIN)
         return 0;
-    if (r <= 0) { /* the end; EIO is a pty's way to say so */
+    if (r == -EIO && is_pty) { /* somebody may open it again, until the command has ended */
+        pty_idle = 1;
+        return 0;
+    }
+    if (r <= 0) {
         close_fd(fd);
         return 0;
     }
+    pty_idle = 0;
     credit -= (u32)r;
     send(type, chunk, (u32)r);
     return 1;
@@ -1058,7 +1064,9 @@ static void wait_for_host(int milliseconds)
         } else if (child && milliseconds < 0) {
             milliseconds = 20;
         }
-        if (out_fd >= 0 && credit)
+        if (pty_idle && (milliseconds < 0 || milliseconds > 50))
+            milliseconds = 50;
+        if (out_fd >= 0 && credit && !pty_idle)
             set[n++] = (struct pollfd){ out_fd, POLLIN, 0 };
         if (err_fd >= 0 && credit)
             set[n++] = (struct pollfd){ err_fd, POLLIN, 0 };

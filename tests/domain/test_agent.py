@@ -333,3 +333,9 @@ def test_copy_out_can_be_cancelled(agent: NativeAgent) -> None:
     payload, _ = agent.until(FromGuest.RESULT)
     assert struct.unpack_from("<I", payload)[0] in (0, errno.ECANCELED)
     assert agent.run("true")[:2] == (ExitKind.EXITED, 0)
+
+
+def test_closing_the_terminal_before_the_end_is_not_a_hangup(agent: NativeAgent) -> None:
+    agent.start("sh", "-c", "echo one; exec <&- >&- 2>&-; sleep 0.3; echo two > /dev/tty; exit 5", flags=StartFlag.PTY)
+    kind, value, out, _ = agent.result()
+    assert (kind, value, out) == (ExitKind.EXITED, 5, b"one\r\ntwo\r\n")
