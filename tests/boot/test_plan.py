@@ -187,3 +187,4 @@ def test_entry_state_is_a_state_a_vcpu_can_be_in() -> None:
         state = vcpu.state()
         assert state.rip == plan.entry.rip
         assert bool(state.efer & 0x400) == (protocol == "linux64")
+        assert [int.from_bytes(state.lapic[at : at + 4], "little") for at in (32, 72, 76)] == [0x1FF, 0x700, 0x400]

@@ -25,6 +25,21 @@ TSS_BUSY: Final = 0x8B
 TSS_LIMIT: Final = 0x67
 UNUSABLE: Final = 0x1_0000
 
+# The local APIC's record: offsets of SVR, LINT0 and LINT1 (the table is in rust/lapic/src/record.rs).
+LAPIC_MAGIC: Final = b"LAPC\x01\0\0\0"
+VIRTUAL_WIRE: Final = ((32, 0x1FF), (72, 0x700), (76, 0x400))
+"""Enabled by software, LINT0 ExtINT, LINT1 NMI: the PIC's interrupts reach a kernel that does not know the APIC."""
+
+
+def virtual_wire(lapic: bytes) -> bytes:
+    """The local APIC's record as firmware leaves the bootstrap processor. ValueError if it is of another version."""
+    if not lapic.startswith(LAPIC_MAGIC):
+        raise ValueError("the local APIC's record is of an unknown version")
+    record = bytearray(lapic)
+    for offset, value in VIRTUAL_WIRE:
+        record[offset : offset + 4] = value.to_bytes(4, "little")
+    return bytes(record)
+
 
 @dataclass(frozen=True, slots=True)
 class EntryState:
@@ -42,7 +57,7 @@ class EntryState:
     data_selector: int = 0
 
     def apply(self, state: VcpuState) -> VcpuState:
-        """``state`` (of a vCPU after reset) with everything changed that entering the kernel needs."""
+        """``state`` (of a bootstrap processor after reset) as firmware and loader leave it for the kernel."""
         code = Segment(self.code_selector, 0, FLAT_LIMIT, CODE_64 if self.long_mode else CODE_32)
         data = Segment(self.data_selector, 0, FLAT_LIMIT, DATA)
         no_ldt = Segment(0, 0, 0, UNUSABLE)
@@ -61,6 +76,7 @@ class EntryState:
             cr3=self.cr3,
             cr4=CR4_PAE if self.long_mode else 0,
             efer=EFER_LME | EFER_LMA if self.long_mode else 0,
+            lapic=virtual_wire(state.lapic),
             activity=0,
             shadow=0,
         ).check()
