@@ -484,17 +484,18 @@ class Domain:
 
     def _find_guest(self) -> None:
         """Fill in the kernel and the initramfs that the caller left to us."""
+        options = self._options
+        if options.kernel is not None and (options.initrd is not None or not options.agent):
+            return
         from nonroot import guests
 
-        options = self._options
         if options.kernel is not None:
-            if options.agent and options.initrd is None:
-                from nonroot.domain.initramfs import kernel_bits
+            from nonroot.domain.initramfs import kernel_bits
 
-                flavour = "cloud-amd64" if kernel_bits(options.kernel) == 64 else "686-pae"
-                guest = guests.linux(self._flavour or flavour, progress=self._fetch_progress, allow_fetch=self._fetch)
-                if guest.is_linux and guest.initrd is not None:
-                    options.initrd = os.fspath(guest.initrd)
+            flavour = "cloud-amd64" if kernel_bits(options.kernel) == 64 else "686-pae"
+            guest = guests.linux(self._flavour or flavour, progress=self._fetch_progress, allow_fetch=self._fetch)
+            if guest.is_linux and guest.initrd is not None:
+                options.initrd = os.fspath(guest.initrd)
             return
         guest = guests.linux(
             self._flavour or guests.DEFAULT_FLAVOUR, progress=self._fetch_progress, allow_fetch=self._fetch

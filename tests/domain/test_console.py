@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nonroot.domain.console import ConsoleLog, PanicWatch, printable
@@ -13,6 +13,7 @@ from nonroot.domain.expect import Console
 from nonroot.errors import NotRunningError, WaitTimeoutError
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2000))
 def test_printable_text_cannot_control_a_terminal(data: bytes) -> None:
     text = printable(data)
@@ -24,6 +25,7 @@ def test_printable_keeps_what_people_read() -> None:
     assert printable(b"\x1b[31mred\x1b[0m \x1b]0;title\x07plain") == "red itle" + "plain"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60))
 def test_panic_is_found_however_it_is_split(size: int) -> None:
     text = b"[ 1.0] something\r\n[ 2.5] Kernel panic - not syncing: VFS: Unable to mount\x1b[0m root\r\n---[ end"

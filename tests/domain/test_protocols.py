@@ -1,5 +1,6 @@
 """The two wire formats, the host's side of the agent, and hostile input to all of them."""
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from nonroot.errors import (
 FRAMES = st.lists(st.tuples(st.sampled_from(FromGuest), st.binary(max_size=300)), max_size=8)
 
 
+@settings(deadline=None)
 @given(FRAMES, st.integers(1, 50))
 def test_frames_survive_any_splitting(sent: list[tuple[FromGuest, bytes]], size: int) -> None:
     data = b"".join(frames.encode(kind, payload) for kind, payload in sent)
@@ -36,6 +38,7 @@ def test_frames_survive_any_splitting(sent: list[tuple[FromGuest, bytes]], size:
     assert received == sent
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_garbage_frames_are_refused_or_held_but_never_raise_otherwise(data: bytes) -> None:
     try:
@@ -57,6 +60,7 @@ def test_too_long_frames_are_refused_before_their_content_comes() -> None:
         frames.encode(ToGuest.DATA, bytes(frames.MAX_PAYLOAD + 1))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from("fdlx"),
     st.integers(0, 0o7777),
@@ -70,6 +74,7 @@ def test_entries_round_trip(kind: str, mode: int, mtime: int, size: int, path: b
     assert Entry.parse(entry.pack()) == entry
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
@@ -88,6 +93,7 @@ def test_messages_survive_any_splitting(sent: list[tuple[Kind, Any]], size: int)
     assert all(m.body == b"blob" for m in received if m.kind == Kind.JSON)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_messages_are_refused(data: bytes) -> None:
     try:
@@ -250,7 +256,7 @@ def test_a_greeting_of_another_version() -> None:
         s.frame(FromGuest.STDOUT, b"before the greeting")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(FromGuest), st.binary(max_size=64)), max_size=20), st.booleans())
 def test_hostile_frames_never_raise_anything_else(sent: list[tuple[FromGuest, bytes]], eager: bool) -> None:
     s, _, client = session(eager)
@@ -346,6 +352,7 @@ def test_only_permission_bits_are_taken_over(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"content"
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(
@@ -399,6 +406,7 @@ def test_sizes_that_are_none(text: Any) -> None:
         DomainOptions(memory=parse_size(text)).check()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 50))
 def test_readable_sizes_are_exact(size: int) -> None:
     assert parse_size(readable_size(size)) == size
@@ -431,3 +439,21 @@ def test_mailbox_keeps_order_and_is_bounded() -> None:
         taken += [content for _, content in mailbox.take()]
     thread.join()
     assert taken == list(range(20))
+
+
+# ── the document ──
+
+
+def test_the_document_names_every_frame_and_message() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "agent.md").read_text()
+    to_guest = {k.name: int(k) for k in ToGuest}
+    from_guest = {k.name: int(k) for k in FromGuest}
+    messages = {k.name: int(k) for k in Kind}
+    section = re.split(r"^##+ ", text, flags=re.MULTILINE)
+    for title, wanted in (("To the guest", to_guest), ("From the guest", from_guest), ("The control socket", messages)):
+        part = next(s for s in section if s.startswith(title))
+        rows = re.findall(r"^\| ([0-9][0-9A-Fa-fx, ]*) \| ([A-Z_, ]+) \|", part, re.MULTILINE)
+        found = {
+            n: int(c, 0) for codes, names in rows for c, n in zip(codes.split(", "), names.split(", "), strict=True)
+        }
+        assert found == wanted, title
