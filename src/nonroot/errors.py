@@ -52,8 +52,9 @@ class NonrootError(Exception):
         self.details = details
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as the control protocol carries it."""
-        return {"code": self.code, "message": str(self), "details": self.details}
+        """The error as the control protocol carries it; ``is`` has the codes of its base classes, nearest first."""
+        codes = list(dict.fromkeys(kind.code for kind in type(self).__mro__ if issubclass(kind, NonrootError)))
+        return {"code": self.code, "message": str(self), "details": self.details, "is": codes[1:]}
 
 
 class UsageError(NonrootError):
@@ -193,8 +194,11 @@ def _tree(root: type[NonrootError]) -> dict[str, type[NonrootError]]:
 
 
 def error_from_wire(record: dict[str, Any]) -> NonrootError:
-    """The error that :meth:`NonrootError.to_wire` described; an unknown code becomes an InternalError."""
-    kind = _tree(NonrootError).get(str(record.get("code")), InternalError)
+    """The error that :meth:`NonrootError.to_wire` described, or the nearest class that this process knows."""
+    known = _tree(NonrootError)
+    bases = record.get("is")
+    codes = [record.get("code"), *(bases if isinstance(bases, list) else [])]
+    kind = next((known[str(code)] for code in codes if str(code) in known and code != NonrootError.code), InternalError)
     details = record.get("details")
     error = kind.__new__(kind)  # subclasses may have constructors of their own
     NonrootError.__init__(

@@ -286,6 +286,7 @@ def test_life_cycle_mistakes(tmp_path: Path) -> None:
     for options, message in (
         ({"memory": "1K"}, "too little"),
         ({"memory": "9999999G"}, "too much"),
+        ({"memory": "500G"}, "more than this machine has"),
         ({"memory": "viel"}, "'viel' is no memory size"),
         ({"memory": "5000001"}, "4 KiB pages"),
         ({"engine": "warp"}, "no engine named warp"),

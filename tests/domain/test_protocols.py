@@ -111,6 +111,13 @@ def test_errors_travel() -> None:
         assert error.details == {"path": "x", "errno": 2}
     assert type(error_from_wire({"code": "from the future", "message": "m"})) is InternalError
 
+    class NewError(BadFileError):
+        code = "new"
+
+    record = NewError("m").to_wire()
+    assert record["is"] == ["bad_file", "usage", "error"]
+    assert type(error_from_wire(record | {"code": "newer"})) is BadFileError
+
 
 # ── the session ──
 

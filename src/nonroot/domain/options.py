@@ -9,7 +9,7 @@ from typing import Any
 from nonroot.engines import select
 from nonroot.errors import BadFileError, BadOptionError
 
-__all__ = ["MAX_MEMORY", "MIN_MEMORY", "DomainOptions", "parse_size", "readable_size"]
+__all__ = ["MAX_MEMORY", "MIN_MEMORY", "DomainOptions", "host_memory", "parse_size", "readable_size"]
 
 MIN_MEMORY = 4 << 20
 MAX_MEMORY = 512 << 30
@@ -85,6 +85,11 @@ class DomainOptions:
             raise BadOptionError(
                 f"{readable_size(self.memory)} of memory is too much; {readable_size(MAX_MEMORY)} are the most"
             )
+        host = host_memory()
+        if self.memory > host:
+            raise BadOptionError(
+                f"{readable_size(self.memory)} of memory is more than this machine has ({host >> 20} MiB with its swap)"
+            )
         if self.memory % 4096:
             raise BadOptionError(f"{self.memory} bytes of memory are no whole number of 4 KiB pages")
         select.choose(self.engine)
@@ -114,6 +119,15 @@ class DomainOptions:
         if unknown:
             raise BadOptionError(f"unknown option: {', '.join(sorted(unknown))}")
         return cls(**record)
+
+
+def host_memory() -> int:
+    """Bytes of memory and swap that this machine has; a very large number if it does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(lines[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, ValueError, KeyError):
+        return MAX_MEMORY
 
 
 def check_readable(path: str, what: str) -> None:
