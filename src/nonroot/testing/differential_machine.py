@@ -11,7 +11,7 @@ from nonroot.spec.state import Memory, Segment, State
 from nonroot.testing.generator_codes import host_flags
 
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
-RAM_BYTES = 2 << 20
+RAM_BYTES = 256 << 10
 _STAR, _LSTAR, _FMASK = 0xC000_0081, 0xC000_0082, 0xC000_0084
 
 
@@ -28,7 +28,7 @@ class Outcome:
 
 
 class Machine:
-    """2 MiB of RAM at 0 and a vCPU."""
+    """256 KiB of RAM at 0 and a vCPU."""
 
     def __init__(self, exits: int = 0xFFFF_FFFF, off: tuple[str, ...] = ()) -> None:
         """``exits``: bitmap of exceptions that end a run instead of being delivered."""
