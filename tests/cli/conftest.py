@@ -61,8 +61,9 @@ def nonroot(native_environment: dict[str, str]) -> Run:
 
     def run(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[bytes]":
         options = {"text": False, "stdin": subprocess.DEVNULL, "timeout": 60} | options
+        environment = native_environment | options.pop("environment", {})
         result: Any = subprocess.run(
-            [sys.executable, "-m", "nonroot", *arguments], capture_output=True, env=native_environment, **options
+            [sys.executable, "-m", "nonroot", *arguments], capture_output=True, env=environment, **options
         )
         assert isinstance(result, subprocess.CompletedProcess)
         return result

@@ -503,11 +503,13 @@ class DomainProcess:
         elif reason in ("triple_fault", "halted", "failure"):
             error = GuestCrashError(message, **detail, console=console)
         else:
-            error = DomainStoppedError(message, reason=reason, console=console)
+            error = DomainStoppedError(f"{message} before the work was done", reason=reason, console=console)
         self._stop_error = error
         self._stopped = {"reason": reason, "message": message, "console": console, **detail}
         if self._session is not None:
             self._session.lost(error)
+        if reason in ("poweroff", "reset"):
+            self._stop_error = DomainStoppedError(f"the domain has stopped: {message}", reason=reason, console=console)
         for connection, request in self._stop_waiters:
             connection.reply(request, self._stopped)
         self._stop_waiters.clear()
