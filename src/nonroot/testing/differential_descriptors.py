@@ -11,7 +11,7 @@ from nonroot.testing.differential_machine import Machine
 GDT, LDT, IDT, TSS = 0x1000, 0x2000, 0x3000, 0x4000
 #: Stacks of rings 0 to 3, and where tests put code and handlers.
 STACKS = (0x1_0000, 0x1_2000, 0x1_4000, 0x1_6000)
-CODE, HANDLERS, DATA = 0x2_0000, 0x2_1000, 0x3_0000
+CODE, HANDLERS, DATA = 0x2_0000, 0x2_7000, 0x3_0000
 PAGE_TABLES = 0x8000
 
 CODE_TYPES = {"code": 0xB, "readless": 0x9, "conforming": 0xF}

@@ -72,8 +72,8 @@ class Machine:
 
         return Memory(read)
 
-    def run(self, state: State, instructions: int = 20) -> Outcome:
-        """Runs from ``state`` until an exit or for that many instructions."""
+    def run(self, state: State, instructions: int = 20, interrupt: int | None = None) -> Outcome:
+        """Runs from ``state`` until an exit or for that many instructions. ``interrupt``: a vector to inject first."""
         raw = dict(self._base)
         raw.update(
             gpr=tuple(state.gpr),
@@ -90,6 +90,7 @@ class Machine:
             cr4=state.cr4,
             efer=state.efer,
             pdpte=state.pdpte,
+            injected=interrupt,
             msrs={**self._base["msrs"], _STAR: state.star, _LSTAR: state.lstar, _FMASK: state.fmask},
         )
         self.vcpu.set_state(raw)
