@@ -22,6 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's business
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     host.die_with_parent()
     host.name_process("nonroot-domain")
     listener = None
@@ -35,6 +36,8 @@ def main() -> None:
     status = 0
     try:
         DomainProcess(control, listener).run()
+    except SystemExit as ending:
+        status = int(ending.code or 0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1

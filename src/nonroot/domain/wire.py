@@ -85,7 +85,7 @@ class WireDecoder:
         buffer += data
         at = 0
         try:
-            while len(buffer) - at >= 5:
+            while len(buffer) - at >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(buffer, at)
                 if not 1 <= length <= MAX_BODY:
                     raise WireError(f"a message of {length} bytes")
