@@ -138,7 +138,9 @@ impl Cpu {
     /// flat segments (which only an access across 4 GiB exceeds), alignment.
     pub(crate) fn check_data(&mut self, seg: usize, lin: u64, size: usize) -> X {
         self.check_canonical(seg, lin, size)?;
-        if self.flat && seg < seg::FS && lin + (size as u64 - 1) > 0xffff_ffff {
+        // (An access above 4 GiB is a 64-bit one: a frame that an event pushes on its way out of compatibility mode.)
+        let crosses = lin <= 0xffff_ffff && lin + (size as u64 - 1) > 0xffff_ffff;
+        if self.flat && seg < seg::FS && crosses {
             let v = if seg == seg::SS { vector::SS } else { vector::GP };
             return Err(self.fault(v, Some(0)));
         }
