@@ -13,7 +13,7 @@ from nonroot.spec import events
 from nonroot.spec.events import Kind
 from nonroot.spec.state import IF, Fault, Segment, State
 from nonroot.testing.differential_descriptors import (
-    CODE, GDT, HANDLERS, IDT, STACKS, TSS, Table, initial_state, page_tables, selectors,
+    CODE, GDT, HANDLERS, IDT, STACKS, TSS, Table, good_selectors, initial_state, page_tables,
 )  # fmt: skip
 from nonroot.testing.differential_machine import RAM_BYTES, Machine, Outcome, same_segment
 
@@ -103,15 +103,15 @@ FLAGS = st.builds(lambda status, more: status & 0x8D5 | more, st.integers(0, 0xF
     data=st.data(),
     trigger=st.sampled_from(TRIGGERS),
     cpl=st.sampled_from([0, 1, 2, 3, 3]),
-    kind=st.sampled_from([0xE, 0xE, 0xE, 0xF, 0xF, 0x6, 0x7, 0xC, 0x4, 0x1E]),
-    gate_dpl=st.sampled_from([3, 3, 3, 0, 1, 2]),
-    present=st.sampled_from([1] * 9 + [0]),
+    kind=st.sampled_from([0xE] * 4 + [0xF] * 4 + [0x6, 0x7, 0x6, 0x7, 0xC, 0x4, 0x1E]),
+    gate_dpl=st.sampled_from([3, 3, 3, 3, 3, 0, 1, 2]),
+    present=st.sampled_from([1] * 20 + [0]),
     offset=st.sampled_from([HANDLERS, HANDLERS + 0x10, 0x100, 0x2_FFFF]),
     flags=FLAGS,
-    tss_limit=st.sampled_from([0x67, 0x67, 0x67, 0x67, 0x10, 3]),
+    tss_limit=st.sampled_from([0x67] * 8 + [0x10, 3]),
     tss_type=st.sampled_from([0xB, 0xB, 0xB, 0x3]),
     sp_edge=st.sampled_from([0, 0, 0, 0, 1, 2, 3]),
-    sane=st.booleans(),
+    sane=st.sampled_from([True, True, True, False]),
 )
 def test_protected_mode(
     machines: dict[str, Machine], data: st.DataObject, trigger: Trigger, cpl: int, kind: int, gate_dpl: int, present: int,
@@ -119,7 +119,7 @@ def test_protected_mode(
 ) -> None:  # fmt: skip
     table = TABLES[False]
     machine = machines[trigger.name]
-    target = data.draw(selectors(table))
+    target = data.draw(good_selectors(table, cpl))
     names = [f"data{n}" for n in range(3)] if sane else [data.draw(st.sampled_from(list(table.selectors))) for _ in range(3)]
     rpls = [n if sane else data.draw(st.sampled_from([n, n, n, 3 - n])) for n in range(3)]
     stacks = [(table.selectors[name] | rpl, STACKS[n] - 4 * sp_edge) for n, (name, rpl) in enumerate(zip(names, rpls, strict=True))]
@@ -155,14 +155,14 @@ CANONICAL_ENDS = [HANDLERS, HANDLERS + 8, 0xFFFF_FFFF_8002_7000, 0x8000_0000_000
     trigger=st.sampled_from(TRIGGERS),
     cpl=st.sampled_from([0, 1, 2, 3, 3]),
     compat=st.booleans(),
-    kind=st.sampled_from([0xE, 0xE, 0xE, 0xF, 0xF, 0x6, 0x7, 0xC, 0x4]),
-    gate_dpl=st.sampled_from([3, 3, 3, 0, 1, 2]),
-    present=st.sampled_from([1] * 9 + [0]),
-    offset=st.sampled_from(CANONICAL_ENDS),
+    kind=st.sampled_from([0xE] * 6 + [0xF] * 6 + [0x6, 0x7, 0xC, 0x4]),
+    gate_dpl=st.sampled_from([3, 3, 3, 3, 3, 0, 1, 2]),
+    present=st.sampled_from([1] * 20 + [0]),
+    offset=st.sampled_from(CANONICAL_ENDS[:3] * 3 + CANONICAL_ENDS),
     ist=st.sampled_from([0, 0, 0, 1, 7]),
     flags=FLAGS,
-    tss_limit=st.sampled_from([0x67, 0x67, 0x67, 0x67, 0x23, 3]),
-    bad_stack=st.sampled_from([None, None, None, None, 1 << 62, 0x7FFF_FFFF_FFF0, 0x8000_0000_0010]),
+    tss_limit=st.sampled_from([0x67] * 8 + [0x23, 3]),
+    bad_stack=st.sampled_from([None] * 8 + [1 << 62, 0x7FFF_FFFF_FFF0, 0x8000_0000_0010]),
     misalign=st.integers(0, 15),
 )
 def test_long_mode(
@@ -171,7 +171,7 @@ def test_long_mode(
 ) -> None:  # fmt: skip
     table = TABLES[True]
     machine = machines[trigger.name]
-    target = data.draw(selectors(table))
+    target = data.draw(good_selectors(table, cpl))
     tss = bytearray(0x68)
     for n in range(10):  # RSP0 to RSP2, reserved, IST1 to IST7
         pointer = bad_stack if bad_stack is not None else STACKS[n & 3] - misalign

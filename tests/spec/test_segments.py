@@ -28,7 +28,12 @@ ANY_DESCRIPTOR = st.builds(
 def test_loads(machine: Machine, data: st.DataObject, mode: str, cpl: int, name: str, entry: int) -> None:
     long_mode = mode != "32-bit"
     table = TABLES[long_mode]
-    selector = data.draw(st.one_of(selectors(table), st.integers(0, 3).map(lambda rpl: 0xC | rpl)))
+    good = st.sampled_from(["data", "expand_down", "code", "conforming"]).map(
+        lambda kind: table.selectors[f"{kind}{cpl}"] | cpl
+    )
+    selector = data.draw(st.one_of(
+        good, good, selectors(table), st.integers(0, 3).map(lambda rpl: 0xC | rpl)
+    ))
     image = {GDT: bytes(table.image), LDT + 8: entry.to_bytes(8, "little"), CODE: bytes([0x8E, LOADS[name], 0xCC])}
     machine.fill(image | page_tables())
     state = initial_state(machine, table, cpl, long_mode=long_mode, compat=mode == "compatibility")

@@ -92,6 +92,15 @@ def selectors(table: Table) -> st.SearchStrategy[int]:
     return st.one_of(good, good, good, good, st.sampled_from([0, 1, 2, 3, 0xFFF8, 0x0F, 0x5F, table.limit + 1]))
 
 
+def good_selectors(table: Table, cpl: int, kinds: tuple[str, ...] = ("code", "conforming")) -> st.SearchStrategy[int]:
+    """Mostly selectors of segments of the given kinds that privilege level ``cpl`` may reach inwards."""
+    reachable = st.builds(
+        lambda kind, dpl, rpl: table.selectors[f"{kind}{min(dpl, cpl)}"] | rpl,
+        st.sampled_from(kinds), st.integers(0, 3), st.integers(0, 3),
+    )  # fmt: skip
+    return st.one_of(reachable, reachable, reachable, reachable, selectors(table))
+
+
 def initial_state(machine: Machine, table: Table, cpl: int, *, long_mode: bool, compat: bool = False) -> State:
     """A state at the given privilege level, with flat segments from the table."""
     code = table.segment(f"{'compat' if compat else 'code'}{cpl}", cpl)
