@@ -29,9 +29,23 @@ def _transfer(state: State, selector: int, offset: int, *, call: bool, size: int
         _to_code(trial, selector, segment, descriptor, offset, call=call, size=size)
     elif not segment.code_or_data and segment.type in ((12,) if trial.long_mode else (4, 12)):
         _through_gate(trial, selector, descriptor, call=call)
+    elif not segment.code_or_data and not trial.long_mode and segment.type in (1, 3, 5, 9, 11):
+        _check_task(trial, selector, segment)
+        raise NotImplementedError("hardware task switches")
     else:
         raise Fault(GP, selector & 0xFFFC)
     state.__dict__.update(trial.__dict__)
+
+
+def _check_task(state: State, selector: int, segment: Segment) -> None:
+    """What comes before a task switch through a TSS descriptor or a task gate (SDM 3A 7.3)."""
+    error = selector & 0xFFFC
+    if segment.dpl < state.cpl or segment.dpl < selector & 3:
+        raise Fault(GP, error)
+    if segment.type != 5 and (segment.type & 2 or selector & 4):  # busy, or not in the GDT
+        raise Fault(GP, error)
+    if not segment.present:
+        raise Fault(NP, error)
 
 
 def _to_code(
