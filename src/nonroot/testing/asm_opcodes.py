@@ -160,7 +160,10 @@ def candidates() -> dict[str, list[_Candidate]]:
     """All legacy and VEX instructions by mnemonic."""
     names = {v: n for n, v in _enum_names(Mnemonic).items()}
     table: dict[str, list[_Candidate]] = {}
-    for code in _enum_names(Code).values():
+    for name, code in _enum_names(Code).items():
+        # The first 80486's encodings of CMPXCHG are #UD ever since.
+        if name.upper().startswith("CMPXCHG486"):
+            continue
         info = OpCodeInfo(code)
         if not info.is_instruction or info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):
             continue
