@@ -16,6 +16,8 @@ STAMPS := .stamps
 export CARGO_TERM_COLOR ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Tests of one module stay on one core: they share guests.
+PYTEST       := $(PY) -m pytest -q -n $(shell nproc) --dist loadscope
 CARGO        := cargo
 MANIFEST     := --manifest-path rust/Cargo.toml
 ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
@@ -60,13 +62,13 @@ cargo-test:
 	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --release --locked --quiet
 
 test: $(STAMPS)/dev guests cargo-test
-	$(PY) -m pytest -q -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak"
 
 # The debug profile adds Rust's overflow checks and debug assertions.
 test-all: $(STAMPS)/dev
 	@$(PY) -m nonroot.guests fetch cloud-amd64 amd64 686-pae 686 || true
 	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --locked --quiet
-	$(PY) -m pytest -q -m "not soak"
+	$(PYTEST) -m "not soak"
 
 soak: $(STAMPS)/dev guests
 	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS))

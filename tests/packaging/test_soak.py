@@ -26,6 +26,7 @@ def test_short():
 def soak(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(folder / "scripts" / "soak.py"), *arguments]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # starts faster
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
 
 
