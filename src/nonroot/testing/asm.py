@@ -33,6 +33,7 @@ Syntax, close to NASM's:
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -274,6 +275,15 @@ def _operand(text: str, expression: _Expression) -> Operand:
     return Imm(expression.value(rest))
 
 
+@functools.lru_cache(maxsize=65536)
+def _encodings(
+    mnemonic: str, operands: tuple[Operand, ...], prefixes: tuple[tuple[str, int], ...], bits: int, ip: int
+) -> list[tuple[tuple[int, int], int, bytes]]:
+    """All encodings, the preferred one first."""
+    found = encodings(mnemonic, list(operands), Prefixes(**dict(prefixes)), bits, ip)
+    return sorted(found, key=lambda e: e[0])
+
+
 def _instruction(text: str, bits: int, ip: int, minimum: int, expression: _Expression) -> bytes:
     prefixes = Prefixes()
     rest = text.strip()
@@ -304,7 +314,10 @@ def _instruction(text: str, bits: int, ip: int, minimum: int, expression: _Expre
     operands = [_operand(o, expression) for o in _split(tail)]
     if isinstance(operands[0] if operands else None, FarPointer) and re.match(r"dword\b", tail.strip(), re.IGNORECASE):
         prefixes.operand_size = 32
-    found = sorted(encodings(mnemonic, operands, prefixes, bits, ip), key=lambda e: e[0])
+    # Only branches and RIP-relative operands depend on the instruction's address.
+    branch = mnemonic[0] == "j" or mnemonic.startswith(("call", "loop", "xbegin"))
+    fixed = not branch and not any(isinstance(o, Mem) and o.base == Register.RIP for o in operands)
+    found = _encodings(mnemonic, tuple(operands), tuple(vars(prefixes).items()), bits, 0 if fixed else ip)
     if not found:
         raise AsmError(f"no encoding of {text!r} in {bits}-bit mode")
     sizes = {size for _, size, _ in found if size}

@@ -146,8 +146,8 @@ def missing(tool: str) -> str:
         return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed"
     if not (shutil.which("bochs-bin") or shutil.which("bochs")):
         return "bochs is not installed"
-    if not shutil.which("xvfb-run") and not _bochs_display():
-        return "bochs has no display library that works without a display"
+    if not _bochs_display():
+        return "bochs has neither of the display libraries that need no screen (nogui, rfb)"
     for file, package in ((_BIOS, "bochsbios"), (_VGA_BIOS, "vgabios")):
         if not file.exists():
             return f"{file} is not there: {package} is not installed"
