@@ -6,6 +6,7 @@ Prints a table and writes JSON with every run, the ratios and the machine's desc
 
     make bench                          five pairs
     make bench BENCH='--pairs 9 --memory 1024'
+    make bench BENCH='--pairs 9 --publish'     also into docs/measurements and the README's table
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -187,12 +189,43 @@ def show(results: dict[str, Any], pairs: int) -> Table:
     return table
 
 
+def publish(report: dict[str, Any]) -> None:
+    """Keep the report in the tree and put its table between the README's marks."""
+    place = ROOT / "docs" / "measurements" / "boot.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(report, indent=1) + "\n")
+    results, machine = report["summary"], report["machine"]
+    lines = [
+        "| the same boot, side by side | nonroot | QEMU's software CPU | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for title, what in (("first line of `/init`", "init"), ("power-off", "end")):
+        ours, theirs = results["nonroot"][what]["median"], results["QEMU"][what]["median"]
+        lines.append(f"| {title} | {ours:.1f} s | {theirs:.1f} s | {results['ratio'][what]['of_medians']:.2f} |")
+    mips = statistics.median(results["nonroot"]["mips"])
+    pairs = len(report["runs"]) // 2
+    where = f"{machine['date'][:10]}, {machine['cpu']}, {machine['cores']} cores"
+    text = (
+        f"Medians of {pairs} pairs, in turns, by `make bench` ({where}); a ratio below 1 would be faster than QEMU: "
+        f"Debian's {report['guest']['kernel']} through PVH, {report['guest']['memory_mib']} MB, "
+        f"{results['nonroot']['instructions'] / 1e6:.0f} million guest instructions, {mips:.0f} million a second; "
+        f"QEMU {report['qemu']['version'].split()[0]}. [All runs](docs/measurements/boot.json)."
+    )
+    lines += ["", *textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)]
+    readme = ROOT / "README.md"
+    start, end = "<!-- boot: written by bench/boot.py -->\n", "<!-- /boot -->"
+    before, _, rest = readme.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    readme.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="how many runs of each (default 5)")
     parser.add_argument("--memory", type=int, default=128, help="the guest's memory in MiB (default 128)")
     parser.add_argument("--flavour", default="cloud-amd64", help="Debian's kernel flavour")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "boot.json")
+    parser.add_argument("--publish", action="store_true", help="write the README's table and docs/measurements")
     parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
     options = parser.parse_args()
     if options.only != "nonroot" and not shutil.which(QEMU):
@@ -224,6 +257,8 @@ def main() -> int:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1))
+    if options.publish and not options.only:
+        publish(report)
     Console().print(show(results, options.pairs))
     print(f"written to {options.output}")
     return 0
