@@ -37,6 +37,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nonroot.testing.asm_opcodes import (
     REGISTERS,
@@ -277,7 +278,7 @@ def _operand(text: str, expression: _Expression) -> Operand:
 
 @functools.lru_cache(maxsize=65536)
 def _encodings(
-    mnemonic: str, operands: tuple[Operand, ...], prefixes: tuple[tuple[str, int], ...], bits: int, ip: int
+    mnemonic: str, operands: tuple[Operand, ...], prefixes: tuple[tuple[str, Any], ...], bits: int, ip: int
 ) -> list[tuple[tuple[int, int], int, bytes]]:
     """All encodings, the preferred one first."""
     found = encodings(mnemonic, list(operands), Prefixes(**dict(prefixes)), bits, ip)
