@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from nonroot.testing.differential_host import HostCpu, HostUnavailable, find_runner
+from nonroot.testing.differential_host import HostCpu, HostUnavailableError, find_runner
 
 
 @pytest.fixture(scope="session")
 def host() -> Iterator[HostCpu]:
     try:
         runner = find_runner()
-    except HostUnavailable as error:
+    except HostUnavailableError as error:
         pytest.skip(str(error))
     with HostCpu(runner) as cpu:
         yield cpu

@@ -41,9 +41,7 @@ FOUND = [
     Found("F3 90 does not", "f390", {"rax": 1, "r8": 2}),
     Found("REP traps after each iteration", "f3ac", {"rsi": DATA_BASE, "rcx": 5}, 0x302, 1),
     Found("CVTPI2PD from memory ignores pending x87 exceptions", "660f2a03", {"rbx": DATA_BASE}),
-    Found(
-        "masked store writes nothing if one element faults", "c4e2712e 03", {"rbx": READ_ONLY_BASE - 8}, vector=14
-    ),
+    Found("masked store writes nothing if one element faults", "c4e2712e 03", {"rbx": READ_ONLY_BASE - 8}, vector=14),
     Found("flat segments end at 4 GiB", "8b03", {"rbx": 0xFFFFFFFE}, vector=13, bits=32),
     Found("flat stack segments end at 4 GiB", "8b4500", {"rbp": 0xFFFFFFFE}, vector=12, bits=32),
     Found("too long", "66" * 14 + "6690", vector=13),

@@ -8,7 +8,10 @@ from hypothesis import HealthCheck, settings
 from nonroot.testing.differential_machine import Machine
 
 settings.register_profile(
-    "model", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "model",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("model")
 

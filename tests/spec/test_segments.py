@@ -8,8 +8,18 @@ from hypothesis import strategies as st
 
 from nonroot.spec import segments
 from nonroot.spec.state import Fault, Segment
-from nonroot.testing.differential_descriptors import CODE, GDT, LDT, Table, descriptor, initial_state, page_tables, selectors
 from nonroot.testing.differential_machine import RAM_BYTES, Machine, same_segment
+from tests.spec.descriptors import (
+    CODE,
+    GDT,
+    LDT,
+    Table,
+    attempt,
+    descriptor,
+    initial_state,
+    page_tables,
+    selectors,
+)
 
 LOADS = {"es": 0xC0, "ss": 0xD0, "ds": 0xD8, "fs": 0xE0, "gs": 0xE8}  # mov Sreg, ax
 TABLES = {True: Table(True), False: Table(False)}
@@ -31,9 +41,7 @@ def test_loads(machine: Machine, data: st.DataObject, mode: str, cpl: int, name:
     good = st.sampled_from(["data", "expand_down", "code", "conforming"]).map(
         lambda kind: table.selectors[f"{kind}{cpl}"] | cpl
     )
-    selector = data.draw(st.one_of(
-        good, good, selectors(table), st.integers(0, 3).map(lambda rpl: 0xC | rpl)
-    ))
+    selector = data.draw(st.one_of(good, good, selectors(table), st.integers(0, 3).map(lambda rpl: 0xC | rpl)))
     image = {GDT: bytes(table.image), LDT + 8: entry.to_bytes(8, "little"), CODE: bytes([0x8E, LOADS[name], 0xCC])}
     machine.fill(image | page_tables())
     state = initial_state(machine, table, cpl, long_mode=long_mode, compat=mode == "compatibility")
@@ -41,9 +49,8 @@ def test_loads(machine: Machine, data: st.DataObject, mode: str, cpl: int, name:
     state.gpr[0] = selector
     outcome = machine.run(state)
     after = machine.state()
-    try:
-        segments.load(state, name, selector)
-    except Fault as fault:
+    fault = attempt(lambda: segments.load(state, name, selector))
+    if fault is not None:
         event(f"fault {fault.vector}")
         assert (outcome.vector, outcome.error) == (fault.vector, fault.error)
         assert after.rip == CODE
@@ -79,7 +86,15 @@ PREFIXES = {"es": 0x26, "ss": 0x36, "ds": 0x3E, "fs": 0x64, "gs": 0x65}
     delta=st.integers(-5, 5),
 )
 def test_accesses(
-    machine: Machine, name: str, access: tuple[bool, int], base: int, limit: int, kind: int, big: int, usable: bool, delta: int
+    machine: Machine,
+    name: str,
+    access: tuple[bool, int],
+    base: int,
+    limit: int,
+    kind: int,
+    big: int,
+    usable: bool,
+    delta: int,
 ) -> None:
     write, size = access
     table = TABLES[False]
@@ -91,9 +106,9 @@ def test_accesses(
     offset = (limit + delta) & 0xFFFF_FFFF
     state.gpr[0], state.gpr[3] = 0x5A5A_5A5A, offset
     outcome = machine.run(state)
-    try:
-        linear = segments.linear_address(state, name, offset, size, write=write)
-    except Fault as fault:
+    linear = attempt(lambda: segments.linear_address(state, name, offset, size, write=write))
+    if isinstance(linear, Fault):
+        fault = linear
         event(f"fault {fault.vector}")
         assert (outcome.vector, outcome.error) == (fault.vector, fault.error)
         assert machine.changed(state.memory) == {}
@@ -118,9 +133,13 @@ def test_accesses(
     name=st.sampled_from(list(PREFIXES)),
     access=st.sampled_from(list(ACCESSES)),
     base=st.sampled_from([0, 0x3_0000, 0xFFFF_FFFF_8003_0000, 0x7FFF_FFFF_F000]),
-    offset=st.sampled_from([0, 0x100, 0x7FFF_FFFF_FFFE, 0x7FFF_FFFF_FFFF, 0x8000_0000_0000, 0xFFFF_7FFF_FFFF_FFFF, 1 << 63, 0xFFF]),
+    offset=st.sampled_from(
+        [0, 0x100, 0x7FFF_FFFF_FFFE, 0x7FFF_FFFF_FFFF, 0x8000_0000_0000, 0xFFFF_7FFF_FFFF_FFFF, 1 << 63, 0xFFF]
+    ),
 )
-def test_addresses_in_64_bit_mode(machine: Machine, name: str, access: tuple[bool, int], base: int, offset: int) -> None:
+def test_addresses_in_64_bit_mode(
+    machine: Machine, name: str, access: tuple[bool, int], base: int, offset: int
+) -> None:
     write, size = access
     table = TABLES[True]
     code = bytes([PREFIXES[name]]) + ACCESSES[access] + b"\xcc"
@@ -129,11 +148,11 @@ def test_addresses_in_64_bit_mode(machine: Machine, name: str, access: tuple[boo
     state.segments[name] = Segment(0x10, base if name in ("fs", "gs") else 0, 0, 0x93)
     state.gpr[3] = offset
     outcome = machine.run(state)
-    try:
-        # Overrides other than FS and GS do not count; the base register decides.
-        segments.linear_address(state, name if name in ("fs", "gs") else "ds", offset, size, write=write)
-    except Fault as fault:
-        assert (outcome.vector, outcome.error) == (fault.vector, fault.error)
+    # Overrides other than FS and GS do not count; the base register decides.
+    effective = name if name in ("fs", "gs") else "ds"
+    linear = attempt(lambda: segments.linear_address(state, effective, offset, size, write=write))
+    if isinstance(linear, Fault):
+        assert (outcome.vector, outcome.error) == (linear.vector, linear.error)
     else:
         assert outcome.vector in (3, 14)
 
@@ -141,7 +160,9 @@ def test_addresses_in_64_bit_mode(machine: Machine, name: str, access: tuple[boo
 @pytest.mark.parametrize(("limit", "fits"), [(0xF, True), (0xE, False), (7, False)])
 def test_the_whole_descriptor_must_be_in_its_table(machine: Machine, limit: int, fits: bool) -> None:
     table = TABLES[False]
-    machine.fill({GDT: bytes(table.image), LDT + 8: descriptor(0, 0xFFFF, 0x93).to_bytes(8, "little"), CODE: b"\x8e\xd8\xcc"})
+    machine.fill(
+        {GDT: bytes(table.image), LDT + 8: descriptor(0, 0xFFFF, 0x93).to_bytes(8, "little"), CODE: b"\x8e\xd8\xcc"}
+    )
     state = initial_state(machine, table, 0, long_mode=False)
     state.segments["ldtr"] = Segment(0x50, LDT, limit, 0x82)
     state.gpr[0] = 0xC

@@ -4,7 +4,23 @@ import enum
 
 from nonroot.spec import paging, segments
 from nonroot.spec.state import (
-    AC, DF, GP, IF, MASK64, NP, NT, PF, RF, SS, TF, TS, VM, Fault, Segment, State, canonical,
+    AC,
+    DF,
+    GP,
+    IF,
+    MASK64,
+    NP,
+    NT,
+    PF,
+    RF,
+    SS,
+    TF,
+    TS,
+    VM,
+    Fault,
+    Segment,
+    State,
+    canonical,
 )  # fmt: skip
 
 
@@ -23,7 +39,7 @@ _CONTRIBUTORY = frozenset({0, TS, NP, SS, GP})
 
 
 def combine(first: int, second: int) -> int | None:
-    """What follows when delivering ``first`` raises ``second``: the vector to deliver; None for a shutdown (SDM 3A 6.15, #DF)."""
+    """The vector to deliver when delivering ``first`` raises ``second``; None for a shutdown (SDM 3A 6.15, #DF)."""
     if first == DF:
         return None if second in _CONTRIBUTORY or second == PF else second
     if first in _CONTRIBUTORY and second in _CONTRIBUTORY:
@@ -168,21 +184,25 @@ def _protected(state: State, vector: int, kind: Kind, error: int | None, is_faul
         cpl = state.cpl
         stack, pointer = state.segments["ss"], state.gpr[4]
         error_selector = 0
-    push_all(state, stack, pointer, frame, size, Fault(SS, error_selector | external), cpl)
+    check_room(stack, pointer, len(frame), size, Fault(SS, error_selector | external))
     if offset > segment.limit:
         raise Fault(GP, external)
+    push_all(state, stack, pointer, frame, size, cpl)
     _enter(state, gate, offset, segment, descriptor, cpl)
 
 
-def push_all(
-    state: State, stack: Segment, pointer: int, values: list[int], size: int, fault: Fault, cpl: int
-) -> None:
-    """Pushes onto a stack that may be a new one; checks it as a whole first. Makes it the current stack."""
+def check_room(stack: Segment, pointer: int, count: int, size: int, fault: Fault) -> None:
+    """Raises ``fault`` if ``count`` values of ``size`` bytes do not fit below ``pointer``."""
+    mask = 0xFFFF_FFFF if stack.big else 0xFFFF
+    for number in range(count):
+        if not segments.within(stack, (pointer - size * (number + 1)) & mask, size):
+            raise fault
+
+
+def push_all(state: State, stack: Segment, pointer: int, values: list[int], size: int, cpl: int) -> None:
+    """Pushes onto a stack that may be a new one, with the rights of ``cpl``, and makes it the current stack."""
     mask = 0xFFFF_FFFF if stack.big else 0xFFFF
     sp = pointer & mask
-    for number in range(len(values)):
-        if not segments.within(stack, (sp - size * (number + 1)) & mask, size):
-            raise fault
     state.segments["ss"] = stack if stack.dpl == cpl else state.segments["ss"]
     for value in values:
         sp = (sp - size) & mask
@@ -214,6 +234,8 @@ def _long(state: State, vector: int, kind: Kind, error: int | None, is_fault: bo
         frame.append(error)
     if not canonical(rsp):
         raise Fault(SS, external)
+    if not canonical(offset):
+        raise Fault(GP, external)
     sp = rsp & ~15
     if inner:
         state.segments["ss"] = Segment(cpl, access=segments.UNUSABLE | cpl << 5)
@@ -223,6 +245,4 @@ def _long(state: State, vector: int, kind: Kind, error: int | None, is_fault: bo
             raise Fault(SS, external)
         paging.write(state, sp, 8, value)
     state.gpr[4] = sp
-    if not canonical(offset):
-        raise Fault(GP, external)
     _enter(state, gate, offset, segment, descriptor, cpl)

@@ -3,7 +3,18 @@
 import enum
 
 from nonroot.spec.state import (
-    AC, CR0_PG, CR0_WP, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, EFER_NXE, PF, PHYSICAL_BITS, Fault, State,
+    AC,
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    CR4_PSE,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_NXE,
+    PF,
+    PHYSICAL_BITS,
+    Fault,
+    State,
 )  # fmt: skip
 
 PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7

@@ -19,7 +19,7 @@ UD, DF, TS, NP, SS, GP, PF = 6, 8, 10, 11, 12, 13, 14
 MASK64: Final = (1 << 64) - 1
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818 - the manuals' word
     """An exception that an operation raises; the state is as before the operation."""
 
     def __init__(self, vector: int, error: int | None = None, address: int = 0) -> None:

@@ -2,7 +2,21 @@
 
 from nonroot.spec import events, paging, segments
 from nonroot.spec.state import (
-    AC, GP, IF, MASK64, NP, NT, RF, SS, TF, VM, Fault, Segment, State, canonical,
+    AC,
+    GP,
+    IF,
+    MASK64,
+    NP,
+    NT,
+    RF,
+    SS,
+    TF,
+    TS,
+    VM,
+    Fault,
+    Segment,
+    State,
+    canonical,
 )  # fmt: skip
 
 _STATUS = 0x8D5
@@ -157,13 +171,14 @@ def _gate_inner(state: State, dpl: int, size: int, count: int) -> None:
     frame = [old_ss.selector, old_sp, *reversed(parameters), state.segments["cs"].selector, state.rip]
     segments.mark_accessed(state, selector, stack_descriptor)
     stack = segments.parse(selector, stack_descriptor | 1 << 40)
-    events.push_all(state, stack, pointer, frame, size, Fault(SS, selector & 0xFFFC), dpl)
+    events.check_room(stack, pointer, len(frame), size, Fault(SS, selector & 0xFFFC))
+    events.push_all(state, stack, pointer, frame, size, dpl)
 
 
 def _gate_inner_long(state: State, dpl: int) -> None:
     tr = state.segments["tr"]
     if 4 + 8 * dpl + 7 > tr.limit:
-        raise Fault(events.TS, tr.selector & 0xFFFC)
+        raise Fault(TS, tr.selector & 0xFFFC)
     rsp = paging.read(state, (tr.base + 4 + 8 * dpl) & MASK64, 8, implicit=True)
     frame = [state.segments["ss"].selector, state.gpr[4], state.segments["cs"].selector, state.rip]
     state.segments["ss"] = Segment(dpl, access=segments.UNUSABLE | dpl << 5)
@@ -238,7 +253,7 @@ def _outer(
     rpl = selector & 3
     to_64 = state.long_mode and segment.long
     if ss & 0xFFFC == 0:
-        if not to_64 or rpl == 3 or ss & 3 != rpl:
+        if not to_64 or rpl == 3:  # unlike MOV to SS, its RPL does not matter
             raise Fault(GP, 0)
         stack = Segment(ss, access=segments.UNUSABLE | rpl << 5)
     else:

@@ -21,7 +21,13 @@ from iced_x86 import Decoder, Formatter, FormatterSyntax
 
 from nonroot import _engine
 from nonroot.testing.differential_case import (
-    DATA_REGIONS, PAGE, REGISTERS_64, VISIBLE_FLAGS, Case, Result, flag_names,
+    DATA_REGIONS,
+    PAGE,
+    REGISTERS_64,
+    VISIBLE_FLAGS,
+    Case,
+    Result,
+    flag_names,
 )  # fmt: skip
 from nonroot.testing.differential_compare import differences, executed
 from nonroot.testing.differential_engine import EngineCpu
@@ -114,7 +120,9 @@ def registers(gpr: list[int], rflags: int, bits: int) -> str:
 def _truncated(case: Case, count: int) -> Case:
     """The case's first ``count`` instructions."""
     length = case.starts[count] - case.rip
-    return replace(case, code=case.code[:length], starts=case.starts[: count + 1], undefined=case.undefined[: count + 1])
+    return replace(
+        case, code=case.code[:length], starts=case.starts[: count + 1], undefined=case.undefined[: count + 1]
+    )
 
 
 def _after(case: Case, number: int, state: Result, template: bytes) -> Case:
@@ -146,9 +154,7 @@ def _after(case: Case, number: int, state: Result, template: bytes) -> Case:
 class Comparison:
     """Compares two CPUs on the cases of one seed."""
 
-    def __init__(
-        self, judge: CpuUnderTest, tested: CpuUnderTest, generator: Generator, *, exact: bool = False
-    ) -> None:
+    def __init__(self, judge: CpuUnderTest, tested: CpuUnderTest, generator: Generator, *, exact: bool = False) -> None:
         """``exact``: undefined flags must agree too (engine against engine)."""
         self.judge = judge
         self.tested = tested
@@ -294,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     if report.undefined:
         print("undefined flags differ after:", ", ".join(f"{n} ({c})" for n, c in report.undefined.most_common(40)))
     return 1 if report.failures else 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,13 +5,22 @@ import struct
 from iced_x86 import Decoder, Instruction, MemorySizeExt, Mnemonic
 
 from nonroot.testing.differential_case import (
-    DATA_BYTES, DATA_REGIONS, LANDING, PAGE, REGISTERS_64, SELECTORS, STATUS_FLAGS, VISIBLE_FLAGS, Case, Result,
+    DATA_BYTES,
+    DATA_REGIONS,
+    LANDING,
+    PAGE,
+    REGISTERS_64,
+    SELECTORS,
+    STATUS_FLAGS,
+    VISIBLE_FLAGS,
+    Case,
+    Result,
     flag_names,
 )  # fmt: skip
 
 _EXCEPTIONS = {
-    0: "#DE", 1: "#DB", 3: "#BP (end)", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP", 12: "#SS",
-    13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 19: "#XM",
+    0: "#DE", 1: "#DB", 3: "#BP (end)", 4: "#OF", 5: "#BR", 6: "#UD", 7: "#NM", 8: "#DF", 10: "#TS", 11: "#NP",
+    12: "#SS", 13: "#GP", 14: "#PF", 16: "#MF", 17: "#AC", 19: "#XM",
 }  # fmt: skip
 
 #: Bytes of an XSAVE area that are compared: control, status, tags; MXCSR; ST0..7; XMM; YMM high halves. Not compared:
@@ -32,8 +41,9 @@ def same_vector(left: bytes, right: bytes) -> bool:
 
 #: Instructions that access memory more than once, in an order that CPUs choose.
 _SEVERAL_ACCESSES = frozenset({
-    Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
-    Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.ENTER, Mnemonic.BOUND, Mnemonic.PUSHA, Mnemonic.PUSHAD,
+    Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS,
+    Mnemonic.LES, Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS, Mnemonic.ENTER, Mnemonic.BOUND, Mnemonic.PUSHA,
+    Mnemonic.PUSHAD,
     Mnemonic.POPA, Mnemonic.POPAD, Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ,
 })  # fmt: skip
 _SHA = frozenset({
@@ -41,8 +51,8 @@ _SHA = frozenset({
     Mnemonic.SHA256MSG2, Mnemonic.SHA256RNDS2,
 })  # fmt: skip
 _FAR = frozenset({
-    Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS, Mnemonic.LES,
-    Mnemonic.LSS,
+    Mnemonic.CALL, Mnemonic.JMP, Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ, Mnemonic.LDS,
+    Mnemonic.LES, Mnemonic.LSS,
 })  # fmt: skip
 _TO_MMX = frozenset({
     Mnemonic.CVTPD2PI, Mnemonic.CVTTPD2PI, Mnemonic.CVTPS2PI, Mnemonic.CVTTPS2PI, Mnemonic.CVTPI2PS, Mnemonic.CVTPI2PD,
@@ -172,9 +182,8 @@ def differences(case: Case, judge: Result, tested: Result, *, host: bool = True)
                 f"flags {flag_names(flags & ~undefined)} differ: {flag_names(judge.rflags)} is right, "
                 f"not {flag_names(tested.rflags)}"
             )
-    for name in ("fs_base", "gs_base"):
-        if getattr(judge, name) != getattr(tested, name):
-            found.append(f"{name} is {getattr(judge, name):#x}, not {getattr(tested, name):#x}")
+    bases = {"fs_base": (judge.fs_base, tested.fs_base), "gs_base": (judge.gs_base, tested.gs_base)}
+    found += [f"{name} is {left:#x}, not {right:#x}" for name, (left, right) in bases.items() if left != right]
     for name, left, right in zip(SELECTORS, judge.selectors, tested.selectors, strict=True):
         if host and left == 0 and right < 4:
             continue  # IRET, by which the host's kernel came back, clears a null selector's RPL
@@ -220,7 +229,9 @@ def _data(left: bytes, right: bytes) -> list[str]:
         for offset in range(start, start + pages * PAGE, 16):
             if left[offset : offset + 16] != right[offset : offset + 16]:
                 address = base + offset - start
-                found.append(f"[{address:#x}] is {left[offset : offset + 16].hex()}, not {right[offset : offset + 16].hex()}")
+                found.append(
+                    f"[{address:#x}] is {left[offset : offset + 16].hex()}, not {right[offset : offset + 16].hex()}"
+                )
     if len(found) > 6:
         found[6:] = [f"{len(found) - 6} more differences in memory of {DATA_BYTES} bytes"]
     return found

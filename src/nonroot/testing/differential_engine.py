@@ -12,7 +12,15 @@ from typing import Any
 from nonroot import _engine
 from nonroot.engines.policy import CRYSTAL_HZ, FEATURES, CpuPolicy
 from nonroot.testing.differential_case import (
-    CODE_BASE, CODE_BYTES, DATA_BYTES, DATA_REGIONS, END, PAGE, XSAVE_BYTES, Case, Result,
+    CODE_BASE,
+    CODE_BYTES,
+    DATA_BYTES,
+    DATA_REGIONS,
+    END,
+    PAGE,
+    XSAVE_BYTES,
+    Case,
+    Result,
 )  # fmt: skip
 from nonroot.testing.generator_codes import host_flags
 
@@ -75,7 +83,9 @@ class EngineCpu:
         options: dict[str, Any] = {
             "tsc_khz": policy.tsc_khz, "apic_bus_hz": CRYSTAL_HZ, "off": list(off), "exception_exits": 0xFFFF_FFFF,
         }  # fmt: skip
-        self.vcpu = _engine.Vcpu(self._memory, 0, [tuple(leaf) for leaf in policy.cpuid()], policy.msrs(), options)
+        self.vcpu = _engine.Vcpu(
+            self._memory, 0, list[tuple[int, int, int, int, int, int]](policy.cpuid()), policy.msrs(), options
+        )
         self._base = self._initial_state()
         self._dirty: list[tuple[int, int]] = []
 

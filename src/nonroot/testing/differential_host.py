@@ -15,26 +15,26 @@ FSGSBASE = 1
 AVX = 2
 
 
-class HostUnavailable(Exception):
-    """This machine cannot run the cases; the message says why."""
+class HostUnavailableError(Exception):
+    """The cases cannot run on this machine; the message says why."""
 
 
 def find_runner() -> Path:
     """The runner's executable: ``$NONROOT_HOSTCPU``, or built from this checkout's sources with cargo.
 
-    Raises HostUnavailable if the host is not an x86-64 or there is neither.
+    Raises HostUnavailableError if the host is not an x86-64 or there is neither.
     """
     if platform.machine() != "x86_64":
-        raise HostUnavailable("comparing with the host CPU needs an x86-64 host")
+        raise HostUnavailableError("comparing with the host CPU needs an x86-64 host")
     given = os.environ.get("NONROOT_HOSTCPU")
     if given:
         return Path(given)
     manifest = Path(__file__).parents[3] / "rust" / "Cargo.toml"
     if not manifest.exists():
-        raise HostUnavailable("the host runner is built from a checkout of the sources, and this is none")
+        raise HostUnavailableError("the host runner is built from a checkout of the sources, and this is none")
     cargo = shutil.which("cargo")
     if cargo is None:
-        raise HostUnavailable("cargo, which builds the host runner, is not on the path")
+        raise HostUnavailableError("cargo, which builds the host runner, is not on the path")
     target = Path(os.environ.get("CARGO_TARGET_DIR", manifest.parent / "target"))
     command = [cargo, "build", "--quiet", "--release", "--locked", "-p", "nonroot-hostcpu"]
     subprocess.run([*command, "--manifest-path", str(manifest)], check=True)
@@ -50,7 +50,7 @@ class HostCpu:
         )
         magic, version, self.features, _ = struct.unpack("<4sIII", self._read(16))
         if magic != b"NRHC" or version != 1:
-            raise HostUnavailable("the host runner speaks another version of the protocol")
+            raise HostUnavailableError("the host runner speaks another version of the protocol")
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""A vCPU for comparing the engine with the model in :mod:`nonroot.spec`: states go in and come out as the model has them."""
+"""A vCPU for comparing the engine with the model in :mod:`nonroot.spec`, whose states go in and come out."""
 
 import mmap
 import os
@@ -41,7 +41,9 @@ class Machine:
         options: dict[str, Any] = {
             "tsc_khz": policy.tsc_khz, "apic_bus_hz": CRYSTAL_HZ, "exception_exits": exits, "off": list(off),
         }  # fmt: skip
-        self.vcpu = _engine.Vcpu(self._memory, 0, [tuple(leaf) for leaf in policy.cpuid()], policy.msrs(), options)
+        self.vcpu = _engine.Vcpu(
+            self._memory, 0, list[tuple[int, int, int, int, int, int]](policy.cpuid()), policy.msrs(), options
+        )
         self._base = self.vcpu.state()
 
     def close(self) -> None:

@@ -6,27 +6,59 @@ pages, or at a fault. Which flags are undefined is tracked, and nothing reads an
 """
 
 from random import Random
+from typing import Any
 
-from iced_x86 import (
-    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemorySizeExt, Mnemonic,
-    OpAccess, OpCodeOperandKind, OpKind, Register, RegisterExt,
-)  # fmt: skip
+import iced_x86
+from iced_x86 import Decoder, Encoder, Instruction, InstructionInfoFactory, MemorySizeExt, RegisterExt
 
 from nonroot.testing import generator_state
 from nonroot.testing.differential_case import (
-    CODE_BASE, CODE_BYTES, DATA_BASE, HIGH_BASE, LANDING, PAGE, READ_ONLY_BASE, STACK_BASE, STATUS_FLAGS, Case,
+    CODE_BASE,
+    CODE_BYTES,
+    DATA_BASE,
+    HIGH_BASE,
+    LANDING,
+    PAGE,
+    READ_ONLY_BASE,
+    STACK_BASE,
+    STATUS_FLAGS,
+    Case,
 )  # fmt: skip
 from nonroot.testing.generator_codes import (
-    FORBIDDEN, UNCOMPARABLE, VENDOR_DEPENDENT, CodeInfo, allowed_features, code_name, features_of, usable_codes,
+    FORBIDDEN,
+    UNCOMPARABLE,
+    VENDOR_DEPENDENT,
+    CodeInfo,
+    allowed_features,
+    code_name,
+    features_of,
+    usable_codes,
 )  # fmt: skip
 from nonroot.testing.generator_operands import (
-    FIXED_REGISTERS, IMMEDIATE_BITS, MASK64, MEMORY, OR_MEMORY, REGISTER_POOLS, VSIB, Addressing, MemoryForm, immediate,
+    FIXED_REGISTERS,
+    IMMEDIATE_BITS,
+    MASK64,
+    MEMORY,
+    OR_MEMORY,
+    REGISTER_POOLS,
+    VSIB,
+    Addressing,
+    MemoryForm,
+    immediate,
     target,
 )  # fmt: skip
 from nonroot.testing.generator_raw import raw_bytes
 from nonroot.testing.generator_state import interesting
 
-K = OpCodeOperandKind
+# iced's enumerations are modules, which its stubs give types of their own.
+Code: Any = iced_x86.Code
+DecoderOptions: Any = iced_x86.DecoderOptions
+FlowControl: Any = iced_x86.FlowControl
+K: Any = iced_x86.OpCodeOperandKind
+Mnemonic: Any = iced_x86.Mnemonic
+OpAccess: Any = iced_x86.OpAccess
+OpKind: Any = iced_x86.OpKind
+Register: Any = iced_x86.Register
 
 #: iced's RflagsBits -> RFLAGS bits.
 _FLAG_BITS = ((1, 0x800), (2, 0x80), (4, 0x40), (8, 0x10), (16, 1), (32, 4), (64, 0x400), (256, 0x4_0000))
@@ -46,19 +78,21 @@ _SEGMENT_LOADS = frozenset({Mnemonic.LDS, Mnemonic.LES, Mnemonic.LSS})
 _SELECTORS = (0, 3, 0x2B, 0x2B, 0x2B, 0x2A, 0x28, 0x23, 0x33, 0x33, 0x10, 0x18, 0x3B, 0x2F, 0x83, 0xFFF8)
 _CODE_SELECTORS = (0x33, 0x33, 0x33, 0x23, 0x23, 0x30, 0x2B, 0, 0x10, 0x3B, 0x37)
 
-_IMMEDIATE_KINDS = {
+_IMMEDIATE_KINDS: dict[int, Any] = {
     K.IMM8: OpKind.IMMEDIATE8, K.IMM8SEX16: OpKind.IMMEDIATE8TO16, K.IMM8SEX32: OpKind.IMMEDIATE8TO32,
     K.IMM8SEX64: OpKind.IMMEDIATE8TO64, K.IMM16: OpKind.IMMEDIATE16, K.IMM32: OpKind.IMMEDIATE32,
     K.IMM32SEX64: OpKind.IMMEDIATE32TO64, K.IMM64: OpKind.IMMEDIATE64,
 }  # fmt: skip
-_BRANCH_KINDS = {
+_BRANCH_KINDS: dict[int, Any] = {
     K.BR16_1: OpKind.NEAR_BRANCH16, K.BR16_2: OpKind.NEAR_BRANCH16, K.BR32_1: OpKind.NEAR_BRANCH32,
     K.BR32_4: OpKind.NEAR_BRANCH32, K.BR64_1: OpKind.NEAR_BRANCH64, K.BR64_4: OpKind.NEAR_BRANCH64,
 }  # fmt: skip
-_STRING_OPERANDS = {
-    (K.SEG_RSI, 16): OpKind.MEMORY_SEG_SI, (K.SEG_RSI, 32): OpKind.MEMORY_SEG_ESI, (K.SEG_RSI, 64): OpKind.MEMORY_SEG_RSI,
+_STRING_OPERANDS: dict[tuple[int, int], Any] = {
+    (K.SEG_RSI, 16): OpKind.MEMORY_SEG_SI, (K.SEG_RSI, 32): OpKind.MEMORY_SEG_ESI,
+    (K.SEG_RSI, 64): OpKind.MEMORY_SEG_RSI,
     (K.ES_RDI, 16): OpKind.MEMORY_ESDI, (K.ES_RDI, 32): OpKind.MEMORY_ESEDI, (K.ES_RDI, 64): OpKind.MEMORY_ESRDI,
-    (K.SEG_RDI, 16): OpKind.MEMORY_SEG_DI, (K.SEG_RDI, 32): OpKind.MEMORY_SEG_EDI, (K.SEG_RDI, 64): OpKind.MEMORY_SEG_RDI,
+    (K.SEG_RDI, 16): OpKind.MEMORY_SEG_DI, (K.SEG_RDI, 32): OpKind.MEMORY_SEG_EDI,
+    (K.SEG_RDI, 64): OpKind.MEMORY_SEG_RDI,
 }  # fmt: skip
 
 
@@ -99,7 +133,9 @@ class _Sequence:
         for n in range(16):
             kind = random.randrange(12)
             if kind < 3:
-                self.gpr[n] = random.choice((DATA_BASE, DATA_BASE + PAGE, STACK_BASE + PAGE)) + random.randrange(-64, 1024)
+                self.gpr[n] = random.choice((DATA_BASE, DATA_BASE + PAGE, STACK_BASE + PAGE)) + random.randrange(
+                    -64, 1024
+                )
             elif kind == 3:
                 self.gpr[n] = random.choice((HIGH_BASE, READ_ONLY_BASE)) + random.randrange(1024)
             elif kind < 6:
@@ -133,7 +169,9 @@ class _Sequence:
             if random.random() < 0.5:
                 self.gpr[0] &= 0xFF
         if mnemonics & _SHIFTS and random.random() < 0.7:
-            self.gpr[1] = random.choice((0, 1, 2, random.randrange(32), random.randrange(72), 0x80 | random.randrange(96)))
+            self.gpr[1] = random.choice(
+                (0, 1, 2, random.randrange(32), random.randrange(72), 0x80 | random.randrange(96))
+            )
         if mnemonics & {Mnemonic.LEAVE, Mnemonic.ENTER} and random.random() < 0.8:
             self.gpr[5] = STACK_BASE + PAGE + 8 * random.randrange(-32, 32)
         if Mnemonic.XLATB in mnemonics:
@@ -202,7 +240,7 @@ class _Sequence:
     def _set_memory(self, instruction: Instruction, operand: int, form: MemoryForm) -> None:
         instruction.set_op_kind(operand, OpKind.MEMORY)
         instruction.memory_base = form.base  # type: ignore[assignment]
-        instruction.memory_index = form.index  # type: ignore[assignment]
+        instruction.memory_index = form.index_register  # type: ignore[assignment]
         instruction.memory_index_scale = form.scale
         instruction.memory_displacement = form.displacement & MASK64
         instruction.memory_displ_size = form.size
@@ -210,7 +248,7 @@ class _Sequence:
 
     def _register(self, kind: int, code: CodeInfo, operand: int) -> int:
         random = self.random
-        first, count64, count32 = REGISTER_POOLS[kind]  # type: ignore[index]
+        first, count64, count32 = REGISTER_POOLS[kind]
         count = count64 if self.bits == 64 else count32
         number = random.randrange(count)
         if code.mnemonic in _BIT_STRINGS and operand == 1 and random.random() < 0.7:
@@ -262,7 +300,9 @@ class _Sequence:
                 instruction.set_op_kind(operand, OpKind.IMMEDIATE8_2ND if second else _IMMEDIATE_KINDS[kind])
                 value = immediate(random, IMMEDIATE_BITS[kind])
                 if code.mnemonic == Mnemonic.ENTER:
-                    value = random.choice((0, 0, 1, 2, 3, random.randrange(32))) if second else random.randrange(0, 256, 8)
+                    value = (
+                        random.choice((0, 0, 1, 2, 3, random.randrange(32))) if second else random.randrange(0, 256, 8)
+                    )
                 elif code.mnemonic in (Mnemonic.RET, Mnemonic.RETF):
                     value = random.randrange(0, 64, 2)
                 instruction.set_immediate_i64(operand, value)
@@ -292,7 +332,7 @@ class _Sequence:
             elif (kind, address_size) in _STRING_OPERANDS:
                 instruction.set_op_kind(operand, _STRING_OPERANDS[kind, address_size])
                 if kind != K.ES_RDI and random.random() < 0.1:
-                    instruction.segment_prefix = random.choice((Register.DS, Register.ES, Register.FS, Register.GS))  # type: ignore[assignment]
+                    instruction.segment_prefix = random.choice((Register.DS, Register.ES, Register.FS, Register.GS))
             else:
                 raise AssertionError(f"{code.name}: operand kind {kind} is not handled")
         # Whether REP INS and REP OUTS of nothing check the port's permission is left to the CPU.
@@ -301,7 +341,7 @@ class _Sequence:
                 instruction.has_rep_prefix = True
             else:
                 instruction.has_repne_prefix = True
-        if code.lockable and (memory_first and random.random() < 0.3 or random.random() < 0.01):
+        if code.lockable and ((memory_first and random.random() < 0.3) or random.random() < 0.01):
             instruction.has_lock_prefix = True
         if code.mnemonic in _RETURNS:
             self._seed_return(code)
@@ -321,7 +361,9 @@ class _Sequence:
                 offset = 2 if code.name.endswith("M1616") else 4
                 data = data[:offset] + random.choice(_CODE_SELECTORS).to_bytes(2, "little")
         elif code.mnemonic in _SEGMENT_LOADS:
-            data = random.randbytes(2 if code.name.endswith("M1616") else 4) + random.choice(_SELECTORS).to_bytes(2, "little")
+            data = random.randbytes(2 if code.name.endswith("M1616") else 4) + random.choice(_SELECTORS).to_bytes(
+                2, "little"
+            )
         elif code.mnemonic in _EXCHANGES and random.random() < 0.5:
             if code.mnemonic == Mnemonic.CMPXCHG:
                 data = (self.known[0] or 0).to_bytes(8, "little")[: min(size, 8)]
@@ -404,7 +446,11 @@ class _Sequence:
             return
         undefined = rflags_of(instruction.rflags_undefined)
         conditional = instruction.mnemonic in _SHIFTS or instruction.has_rep_prefix or instruction.has_repne_prefix
-        defined = 0 if conditional else rflags_of(instruction.rflags_written | instruction.rflags_cleared | instruction.rflags_set)
+        defined = (
+            0
+            if conditional
+            else rflags_of(instruction.rflags_written | instruction.rflags_cleared | instruction.rflags_set)
+        )
         # A branch may skip what follows, so definitions after one do not count for certain.
         if any(target_index is not None and target_index >= len(self.items) for _, _, target_index in self.items[:-1]):
             defined = 0

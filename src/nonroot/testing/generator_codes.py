@@ -73,11 +73,11 @@ def host_flags() -> frozenset[str]:
 
 
 @functools.cache
-def allowed_features() -> frozenset[int]:
-    """iced's features that both the host and the guests' CPU have."""
+def allowed_features(everywhere: bool = False) -> frozenset[int]:
+    """iced's features that both the host and the guests' CPU have; ``everywhere``: whatever this host has."""
     flags = host_flags()
     return frozenset(
-        int(getattr(CpuidFeature, name)) for name, flag in _FEATURES.items() if not flag or flag in flags
+        int(getattr(CpuidFeature, name)) for name, flag in _FEATURES.items() if everywhere or not flag or flag in flags
     )
 
 
@@ -148,12 +148,12 @@ def _names() -> dict[int, str]:
 
 
 @functools.cache
-def usable_codes(bits: int) -> tuple[CodeInfo, ...]:
-    """The codes to generate in 64- or 32-bit mode, in iced's order."""
-    allowed = allowed_features()
+def usable_codes(bits: int, everywhere: bool = False) -> tuple[CodeInfo, ...]:
+    """The codes to generate in 64- or 32-bit mode, in iced's order; ``everywhere``: as if the host had everything."""
+    allowed = allowed_features(everywhere)
     table = []
     for value, name in sorted(_names().items()):
-        info = OpCodeInfo(value)
+        info = OpCodeInfo(value)  # type: ignore[arg-type]
         if not info.is_instruction or not info.is_available_in_mode(bits) or info.fwait:
             continue
         if info.encoding not in (EncodingKind.LEGACY, EncodingKind.VEX):

@@ -1,14 +1,16 @@
 """Operands of generated instructions: registers, immediates, and memory operands that reach a chosen address."""
 
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from iced_x86 import OpCodeOperandKind, Register
+import iced_x86
 
 from nonroot.testing.differential_case import CODE_BASE, DATA_BASE, HIGH_BASE, PAGE, READ_ONLY_BASE, STACK_BASE
 from nonroot.testing.generator_state import INDEX_REGISTERS, interesting
 
-K = OpCodeOperandKind
+# iced's enumerations are modules, which its stubs give types of their own.
+K: Any = iced_x86.OpCodeOperandKind
+Register: Any = iced_x86.Register
 MASK32 = (1 << 32) - 1
 MASK64 = (1 << 64) - 1
 
@@ -19,7 +21,7 @@ GPR16 = [Register.AX + n for n in range(16)]
 GPR8 = [Register.AL + n for n in range(20)]
 
 #: Register operands by kind: (first register, count in 64-bit mode, count in 32-bit mode).
-REGISTER_POOLS = {
+REGISTER_POOLS: dict[int, tuple[int, int, int]] = {
     K.R8_OR_MEM: (Register.AL, 20, 8), K.R8_REG: (Register.AL, 20, 8), K.R8_OPCODE: (Register.AL, 20, 8),
     K.R16_OR_MEM: (Register.AX, 16, 8), K.R16_REG: (Register.AX, 16, 8), K.R16_OPCODE: (Register.AX, 16, 8),
     K.R16_RM: (Register.AX, 16, 8),
@@ -36,22 +38,22 @@ REGISTER_POOLS = {
     K.CR_REG: (Register.CR0, 9, 8), K.DR_REG: (Register.DR0, 8, 8),
 }  # fmt: skip
 
-FIXED_REGISTERS = {
+FIXED_REGISTERS: dict[int, Any] = {
     K.AL: Register.AL, K.CL: Register.CL, K.AX: Register.AX, K.DX: Register.DX, K.EAX: Register.EAX,
     K.RAX: Register.RAX, K.ST0: Register.ST0, K.ES: Register.ES, K.CS: Register.CS, K.SS: Register.SS,
     K.DS: Register.DS, K.FS: Register.FS, K.GS: Register.GS,
 }  # fmt: skip
 
 #: Operands that may be a register or memory.
-OR_MEMORY = frozenset({
+OR_MEMORY: frozenset[int] = frozenset({
     K.R8_OR_MEM, K.R16_OR_MEM, K.R32_OR_MEM, K.R64_OR_MEM, K.MM_OR_MEM, K.XMM_OR_MEM, K.YMM_OR_MEM,
 })  # fmt: skip
-VSIB = {
+VSIB: dict[int, int] = {
     K.MEM_VSIB32X: Register.XMM0, K.MEM_VSIB64X: Register.XMM0, K.MEM_VSIB32Y: Register.YMM0,
     K.MEM_VSIB64Y: Register.YMM0,
 }  # fmt: skip
-MEMORY = frozenset({K.MEM, *VSIB})
-IMMEDIATE_BITS = {
+MEMORY: frozenset[int] = frozenset({K.MEM, *VSIB})
+IMMEDIATE_BITS: dict[int, int] = {
     K.IMM8: 8, K.IMM8SEX16: 8, K.IMM8SEX32: 8, K.IMM8SEX64: 8, K.IMM16: 16, K.IMM32: 32, K.IMM32SEX64: 32,
     K.IMM64: 64,
 }  # fmt: skip
@@ -100,7 +102,7 @@ class MemoryForm(NamedTuple):
     """A memory operand. ``size`` is iced's displacement size: 0 none, 1 eight bits if they do, 4, 8."""
 
     base: int
-    index: int
+    index_register: int
     scale: int
     displacement: int
     size: int
@@ -172,7 +174,7 @@ class Addressing:
                 return None
             return MemoryForm(Register.NONE, Register.NONE, 1, displacement, 4, segment)
         total = 0
-        base = index = Register.NONE
+        base = index = int(Register.NONE)
         scale = 1
         if vsib is not None or form != 1:
             number = random.randrange(self.registers)

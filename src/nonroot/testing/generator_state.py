@@ -33,7 +33,7 @@ def interesting(random: Random) -> int:
 
 def template(random: Random) -> bytes:
     """Contents of the data pages: random bytes, edges, zeros, repeated bytes and code addresses."""
-    words = []
+    words: list[int] = []
     while len(words) < DATA_BYTES // 8:
         kind = random.randrange(8)
         length = random.randrange(1, 9)
