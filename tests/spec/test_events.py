@@ -121,7 +121,7 @@ FLAGS = st.builds(
 )
 
 
-@settings(max_examples=700)
+@settings(max_examples=400)
 @given(
     data=st.data(),
     trigger=st.sampled_from(TRIGGERS),
@@ -179,7 +179,7 @@ def test_protected_mode(
 CANONICAL_ENDS = [HANDLERS, HANDLERS + 8, 0xFFFF_FFFF_8002_7000, 0x8000_0000_0000, 1 << 63]
 
 
-@settings(max_examples=700)
+@settings(max_examples=400)
 @given(
     data=st.data(),
     trigger=st.sampled_from(TRIGGERS),
@@ -226,7 +226,7 @@ def test_long_mode(
     compare(machine, state, trigger, run(machine, state, trigger))
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     handler=st.sampled_from([HANDLERS & 0xFFFF, 0x1234]),
     selector=st.sampled_from([0x2000, 0x1FFF]),

@@ -92,7 +92,7 @@ def tss(long_mode: bool, table: Table, sane: bool, edge: int) -> bytes:
     return bytes(image)
 
 
-@settings(max_examples=900)
+@settings(max_examples=500)
 @given(
     data=st.data(),
     long_mode=st.booleans(),
@@ -164,7 +164,7 @@ def outward(data: st.DataObject, table: Table, cpl: int, kinds: tuple[str, ...])
     return code, data.draw(st.sampled_from([stack] * 8 + [ring]))
 
 
-@settings(max_examples=900)
+@settings(max_examples=500)
 @given(
     data=st.data(),
     long_mode=st.booleans(),

@@ -105,9 +105,8 @@ def _left_to_the_cpu(case: Case, judge: Result, tested: Result) -> bool:
         return vectors <= _PAGE_OR_ALIGNMENT  # frames pushed before the fault stay in memory, or do not
     if mnemonic == Mnemonic.VCVTPS2PH:
         return vectors == {14, 19}
-    if mnemonic in _TO_MMX and vectors == {19}:
-        return True  # AMD enters MMX mode before the exception
-    return False
+    # AMD enters MMX mode before the exception.
+    return mnemonic in _TO_MMX and vectors == {19}
 
 
 def _is_dot_product(case: Case, judge: Result) -> bool:
