@@ -189,8 +189,18 @@ def show(results: dict[str, Any], pairs: int) -> Table:
     return table
 
 
+def names_only(value: Any) -> Any:
+    """The value with absolute paths cut down to file names: a published report tells no folders of this machine."""
+    if isinstance(value, dict):
+        return {key: names_only(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [names_only(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
 def publish(report: dict[str, Any]) -> None:
     """Keep the report in the tree and put its table between the README's marks."""
+    report = names_only(report)
     place = ROOT / "docs" / "measurements" / "boot.json"
     place.parent.mkdir(exist_ok=True)
     place.write_text(json.dumps(report, indent=1) + "\n")

@@ -29,6 +29,8 @@ __all__ = ["bochs", "floppy", "missing", "qemu", "run_bochs", "run_engine", "run
 _MIB: Final = 1 << 20
 _SECTOR: Final = 512
 _FLOPPY_BYTES: Final = 1440 << 10
+_ISOLATED: Final = ("unshare", "--user", "--map-root-user", "--net")
+"""Bochs's rfb display listens on every address: it gets a network of its own, where nobody is."""
 _BIOS: Final = Path("/usr/share/bochs/BIOS-bochs-latest")
 _VGA_BIOS: Final = Path("/usr/share/vgabios/vgabios.bin")
 
@@ -146,6 +148,8 @@ def missing(tool: str) -> str:
         return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed"
     if not (shutil.which("bochs-bin") or shutil.which("bochs")):
         return "bochs is not installed"
+    if subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode:
+        return "this machine allows no network namespace, which Bochs needs here"
     if not _bochs_display():
         return "bochs has neither of the display libraries that need no screen (nogui, rfb)"
     for file, package in ((_BIOS, "bochsbios"), (_VGA_BIOS, "vgabios")):
@@ -199,7 +203,7 @@ def bochs(image: Path, output: Path, folder: Path) -> list[str]:
     commands = folder / "commands"
     commands.write_text("continue\n")
     binary = shutil.which("bochs-bin") or "bochs"
-    return [binary, "-q", "-f", str(config), "-rc", str(commands)]
+    return [*_ISOLATED, binary, "-q", "-f", str(config), "-rc", str(commands)]
 
 
 def run_qemu(program: Program, timeout_s: float = 60.0) -> str:
