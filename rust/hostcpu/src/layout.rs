@@ -120,3 +120,29 @@ pub fn get32(record: &[u8], at: usize) -> u32 {
 pub fn get64(record: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(record[at..at + 8].try_into().expect("eight bytes"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_fill_the_backing_in_order() {
+        let pages: usize = REGIONS.iter().map(|region| region.pages).sum();
+        assert_eq!(pages * PAGE, CODE_BYTES + DATA_BYTES);
+        assert_eq!(offset_of(0x1000_0000, 1), Some(0));
+        assert_eq!(offset_of(0x2000_0000, 1), Some(CODE_BYTES));
+        assert_eq!(offset_of(0x2000_2000, 1), Some(CODE_BYTES + 2 * PAGE));
+        assert_eq!(offset_of(0xf000_0fff, 1), Some(CODE_BYTES + DATA_BYTES - 1));
+    }
+
+    #[test]
+    fn patches_stay_in_one_region() {
+        assert_eq!(offset_of(0x1000_0000, CODE_BYTES), Some(0));
+        assert_eq!(offset_of(0x1000_0001, CODE_BYTES), None);
+        assert_eq!(offset_of(0x2000_1fff, 2), None);
+        assert_eq!(offset_of(0x0fff_ffff, 1), None);
+        assert_eq!(offset_of(0x1000_2000, 1), None);
+        assert_eq!(offset_of(u64::MAX, 1), None);
+        assert_eq!(offset_of(0x1000_0000, usize::MAX), None);
+    }
+}
