@@ -246,10 +246,22 @@ class Session:
             env["TERM"] = os.environ.get("TERM", "vt100")
         raw: contextlib.AbstractContextManager[object] = raw_terminal(0) if options.tty else contextlib.nullcontext()
         with raw:
-            command = domain.popen(options.command, 0, env, options.workdir, tty=size, on_output=self._take_output)
-            self._command = command
-            resize = (lambda: command.resize(*window_size())) if options.tty else None
-            relay.forward_to(command.send_signal, resize)
+            # A signal that comes while the command is being started is the command's too: it waits until there is one.
+            started = threading.Event()
+
+            def forward(number: int) -> None:
+                started.wait()
+                if self._command is not None:
+                    self._command.send_signal(number)
+
+            relay.forward_to(forward)
+            try:
+                command = domain.popen(options.command, 0, env, options.workdir, tty=size, on_output=self._take_output)
+                self._command = command
+            finally:
+                started.set()
+            if options.tty:
+                relay.forward_to(command.send_signal, lambda: command.resize(*window_size()))
             completed = command.wait(max(0.0, self._deadline - time.monotonic()) if options.timeout else None)
         relay.forward_to(None)
         self.result |= {"outcome": completed.how, "returncode": completed.returncode}
