@@ -131,7 +131,6 @@ impl Cpu {
         let rip = self.r.gpr[reg::BLOCK_RIP].wrapping_add(u64::from(offset));
         match self.mode {
             Mode::Long64 => rip,
-            Mode::Protected32 => rip & 0xffff_ffff,
             _ => rip & 0xffff_ffff,
         }
     }

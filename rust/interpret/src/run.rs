@@ -73,7 +73,7 @@ impl Cpu {
             }
             let block = match self.find_block() {
                 Ok(block) => block,
-                Err(Stop) => match self.stopped(0, 0) {
+                Err(Stop) => match self.stopped(0) {
                     Ended::Exit(exit) => return exit,
                     _ => continue,
                 },
@@ -125,12 +125,11 @@ impl Cpu {
     #[inline(never)]
     fn stopped_at(&mut self, op: &crate::code_cache::Op) -> Ended {
         self.r.rip = self.block_rip(op.offset);
-        self.stopped(u64::from(op.index), op.next.wrapping_sub(op.offset))
+        self.stopped(u64::from(op.index))
     }
 
     /// An instruction stopped after `before` others of its block; `rip` is its own.
-    fn stopped(&mut self, before: u64, len: u16) -> Ended {
-        let _ = len;
+    fn stopped(&mut self, before: u64) -> Ended {
         self.retired += before + self.rep_iterations;
         self.rep_iterations = 0;
         self.retired_in_block = 0;
@@ -179,16 +178,11 @@ impl Cpu {
         }
     }
 
-    /// Executes again an instruction whose access the caller has answered.
-    fn finish_instruction(&mut self) -> Option<Exit> {
+    /// Executes again an instruction whose access the caller has answered; its
+    /// next exit, if it asks for more.
+    pub fn finish_instruction(&mut self) -> Option<Exit> {
         self.rep_budget = 1;
         self.step(u64::MAX)
-    }
-
-    /// Completes the current instruction if the caller has answered all that it
-    /// asks; its exit otherwise.
-    pub fn finish_answered(&mut self) -> Option<Exit> {
-        self.finish_instruction()
     }
 
     /// Runs exactly one instruction, with debug traps before and after.
@@ -200,7 +194,7 @@ impl Cpu {
                 return match fault {
                     Ok(fault) => {
                         self.stop = Some(StopReason::Fault(fault));
-                        match self.stopped(0, 0) {
+                        match self.stopped(0) {
                             Ended::Exit(exit) => Some(exit),
                             _ => None,
                         }
@@ -214,7 +208,7 @@ impl Cpu {
         let block = match self.find_single() {
             Ok(block) => block,
             Err(Stop) => {
-                return match self.stopped(0, 0) {
+                return match self.stopped(0) {
                     Ended::Exit(exit) => Some(exit),
                     _ => None,
                 }
@@ -249,7 +243,7 @@ impl Cpu {
             match self.after_instruction(tf) {
                 Some(Ok(fault)) => {
                     self.stop = Some(StopReason::Fault(fault));
-                    if let Ended::Exit(e) = self.stopped(0, 0) {
+                    if let Ended::Exit(e) = self.stopped(0) {
                         return Some(exit.unwrap_or(e));
                     }
                 }

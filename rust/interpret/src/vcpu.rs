@@ -152,7 +152,7 @@ impl Vcpu {
         let waiting =
             matches!(self.last, Some(Pending::Input | Pending::MmioLoad | Pending::Msr | Pending::Cpuid));
         if !waiting && (self.cpu.mmio.active() || self.cpu.reply.is_some()) {
-            let exit = self.cpu.finish_answered();
+            let exit = self.cpu.finish_instruction();
             self.cpu.pending_exits.extend(exit);
         }
     }

@@ -81,6 +81,20 @@ struct Leaf {
     large: bool,
 }
 
+impl Leaf {
+    /// The end of a walk of 64-bit entries at an entry that maps `1 << shift` bytes.
+    fn of(entry: u64, lin: u64, shift: u32, rights: u64, nx: u64) -> Leaf {
+        let mask = (1u64 << shift) - 1;
+        Leaf {
+            gpa: entry & ADDRESS & !mask | lin & mask,
+            writable: rights & RW != 0,
+            user: rights & US != 0,
+            nx: nx != 0,
+            large: shift > 12,
+        }
+    }
+}
+
 enum Bad {
     NotPresent,
     Reserved,
@@ -178,14 +192,7 @@ impl Cpu {
             rights &= e;
             nx |= e & NX;
             if large || level == 0 {
-                let mask = (1u64 << shift) - 1;
-                return Ok(Leaf {
-                    gpa: e & ADDRESS & !mask | lin & mask,
-                    writable: rights & RW != 0,
-                    user: rights & US != 0,
-                    nx: nx != 0,
-                    large,
-                });
+                return Ok(Leaf::of(e, lin, shift, rights, nx));
             }
             table = e & ADDRESS;
         }
@@ -216,14 +223,7 @@ impl Cpu {
             rights &= e;
             nx |= e & NX;
             if large || level == 0 {
-                let mask = (1u64 << shift) - 1;
-                return Ok(Leaf {
-                    gpa: e & ADDRESS & !mask | lin & mask,
-                    writable: rights & RW != 0,
-                    user: rights & US != 0,
-                    nx: nx != 0,
-                    large,
-                });
+                return Ok(Leaf::of(e, lin, shift, rights, nx));
             }
             table = e & ADDRESS;
         }
