@@ -29,8 +29,8 @@ typedef unsigned long word;
 enum {
     SYS_read = 0, SYS_write = 1, SYS_close = 3, SYS_poll = 7, SYS_rt_sigprocmask = 14, SYS_ioctl = 16, SYS_dup2 = 33,
     SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_uname = 63, SYS_fcntl = 72,
-    SYS_chdir = 80, SYS_fchmod = 91, SYS_setsid = 112, SYS_sync = 162, SYS_mount = 165, SYS_reboot = 169,
-    SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
+    SYS_chdir = 80, SYS_fchmod = 91, SYS_setsid = 112, SYS_prctl = 157, SYS_sync = 162, SYS_mount = 165,
+    SYS_reboot = 169, SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
     SYS_mkdirat = 258, SYS_unlinkat = 263, SYS_symlinkat = 266, SYS_readlinkat = 267, SYS_fchmodat = 268,
     SYS_utimensat = 280, SYS_signalfd4 = 289, SYS_pipe2 = 293, SYS_statx = 332
 };
@@ -47,10 +47,10 @@ __asm__(".globl _start\n_start:\n\txor %ebp,%ebp\n\tand $-16,%rsp\n\tcall agent_
 enum {
     SYS_fork = 2, SYS_read = 3, SYS_write = 4, SYS_close = 6, SYS_execve = 11, SYS_chdir = 12, SYS_mount = 21,
     SYS_sync = 36, SYS_kill = 37, SYS_ioctl = 54, SYS_dup2 = 63, SYS_setsid = 66, SYS_sethostname = 74, SYS_reboot = 88,
-    SYS_fchmod = 94, SYS_ioperm = 101, SYS_wait4 = 114, SYS_uname = 122, SYS_poll = 168, SYS_rt_sigprocmask = 175,
-    SYS_getdents64 = 220, SYS_fcntl = 221, SYS_exit_group = 252, SYS_openat = 295, SYS_mkdirat = 296, SYS_unlinkat = 301,
-    SYS_symlinkat = 304, SYS_readlinkat = 305, SYS_fchmodat = 306, SYS_utimensat = 320, SYS_signalfd4 = 327,
-    SYS_pipe2 = 331, SYS_socket = 359, SYS_statx = 383
+    SYS_fchmod = 94, SYS_ioperm = 101, SYS_wait4 = 114, SYS_uname = 122, SYS_poll = 168, SYS_prctl = 172,
+    SYS_rt_sigprocmask = 175, SYS_getdents64 = 220, SYS_fcntl = 221, SYS_exit_group = 252, SYS_openat = 295,
+    SYS_mkdirat = 296, SYS_unlinkat = 301, SYS_symlinkat = 304, SYS_readlinkat = 305, SYS_fchmodat = 306, SYS_utimensat = 320,
+    SYS_signalfd4 = 327, SYS_pipe2 = 331, SYS_socket = 359, SYS_statx = 383
 };
 static long call5(long n, word a, word b, word c, word d, word e)
 {
@@ -417,6 +417,9 @@ static void run_child(char **argv, char **env, const char *cwd, int in, int out,
     u32 failure[2] = { EXEC_FAILED, 0 };
     long r;
     call0(SYS_setsid);
+#ifdef TEST_STDIO
+    call2(SYS_prctl, 1 /* PR_SET_PDEATHSIG */, 9); /* a test's agent is killed, and no guest ends with it */
+#endif
     if (transport == BY_PORTS)
         call3(SYS_ioperm, PORT_DATA, 16, 0); /* or the command would inherit it */
     if (tty)
