@@ -13,7 +13,7 @@ from nonroot.hvm.device import NO_EVENTS, BlockDevice, Device, Events
 
 __all__ = ["Bus", "BusError", "Range"]
 
-DIRECT_LIMIT: Final = 0x1_0000
+DIRECT_LIMIT: Final = 0x1000
 """Ranges up to this length get one table entry per address and size: an access is one dictionary lookup."""
 
 
@@ -46,6 +46,7 @@ class Bus:
         self._mask = self._limit - 1
         self._events = events
         self._ranges: list[Range] = []
+        self._long: list[Range] = []
         # key: address << 4 | size; value: the device's method and its offset. The exit handlers look here themselves.
         self.reads: dict[int, tuple[Callable[[int, int], int], int]] = {}
         self.writes: dict[int, tuple[Callable[[int, int, int], None], int]] = {}
@@ -56,13 +57,14 @@ class Bus:
         new = Range(base, length, device, offset, sizes)
         if length < 1 or base < 0 or base + length > self._limit:
             raise BusError(f"{self.name} range {base:#x}+{length:#x} of {device.name} is empty or out of bounds")
-        if length > DIRECT_LIMIT:
-            raise BusError(f"{self.name} range {base:#x}+{length:#x} of {device.name} is too long")
         for old in self._ranges:
             if new.overlaps(old):
                 place = f"{base:#x}+{length:#x} of {device.name}"
                 raise BusError(f"{self.name} range {place} overlaps {old.device.name} at {old.base:#x}")
         self._ranges.append(new)
+        if length > DIRECT_LIMIT:
+            self._long.append(new)
+            return
         block = device if isinstance(device, BlockDevice) else None
         for size in sizes:
             for delta in range(length - size + 1):
@@ -71,6 +73,27 @@ class Bus:
                 self.writes[key] = (device.write, offset + delta)
                 if block is not None:
                     self._blocks[key] = (block, offset + delta)
+
+    def remove(self, base: int, length: int, device: Device) -> None:
+        """Take back what :meth:`add` routed to ``device`` from ``base`` on. BusError if there is no such range."""
+        for old in self._ranges:
+            if (old.base, old.length) == (base, length) and old.device is device:
+                break
+        else:
+            raise BusError(f"{self.name} range {base:#x}+{length:#x} of {device.name} does not exist")
+        self._ranges.remove(old)
+        if old in self._long:
+            self._long.remove(old)
+            return
+        for size in old.sizes:
+            for address in range(base, base + length - size + 1):
+                key = address << 4 | size
+                del self.reads[key], self.writes[key]
+                self._blocks.pop(key, None)
+
+    def is_free(self, base: int, length: int) -> bool:
+        """Whether nobody answers at any of these addresses, in any size."""
+        return all(base + length <= old.base or old.base + old.length <= base for old in self._ranges)
 
     @property
     def ranges(self) -> tuple[Range, ...]:
@@ -82,6 +105,8 @@ class Bus:
         entry = self.reads.get(address << 4 | size)
         if entry is not None:
             return entry[0](entry[1], size)
+        if self._long and (wide := self._long_range(address, size)) is not None:
+            return wide.device.read(wide.offset + address - wide.base, size)
         if size == 1:
             self._events(self.name, "floating-read", address)
             return 0xFF
@@ -95,6 +120,8 @@ class Bus:
         entry = self.writes.get(address << 4 | size)
         if entry is not None:
             entry[0](entry[1], size, value)
+        elif self._long and (wide := self._long_range(address, size)) is not None:
+            wide.device.write(wide.offset + address - wide.base, size, value)
         elif size == 1:
             self._events(self.name, "floating-write", address)
         else:
@@ -116,3 +143,9 @@ class Bus:
             return
         for start in range(0, len(data), size):
             self.write(address, size, int.from_bytes(data[start : start + size], "little"))
+
+    def _long_range(self, address: int, size: int) -> Range | None:
+        for wide in self._long:
+            if wide.base <= address and address + size <= wide.base + wide.length and size in wide.sizes:
+                return wide
+        return None

@@ -1,0 +1,118 @@
+"""The board of a PC: where devices are put together, each with its ports, lines, slot and memory.
+
+A device of the PC comes onto the board by a function that takes the :class:`Board`, makes the device and registers it:
+
+    def attach_beeper(board: Board) -> Beeper:
+        beeper = Beeper(board.connect(slot=5), board.events)
+        board.add_pci(5, 0, beeper)                    # its BARs, its records, its reset
+        board.ports.add(0x2E0, 4, beeper, sizes=(1,))  # a fixed, legacy range
+        return beeper
+
+:class:`nonroot.hvm.machine.MachineConfig` carries such functions in ``attach``: they are called in order while the
+machine is made. Slots in use: 0 host bridge, 1 PIIX3 (function 0 ISA, 1 IDE, 3 power management), 2 VGA, 3 watchdog;
+functions of one slot are registered one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nonroot.devices.pci_device import DeviceRam, Dma, PciConnection, PciDevice, Region
+from nonroot.hvm.bus import Bus
+from nonroot.hvm.decode import WindowDecoder
+from nonroot.hvm.device import Clock, Device, Events, IrqLine
+from nonroot.hvm.irq import InterruptRouter
+from nonroot.hvm.pci import PciHost
+from nonroot.hvm.pirq import PciInterrupts
+
+__all__ = ["Attach", "Board", "PciSlotDevice"]
+
+IDE_SLOT = (1, 1)
+"""PCI slot and function of the PIIX3 IDE controller."""
+POWER_SLOT = (1, 3)
+VGA_SLOT = (2, 0)
+WATCHDOG_SLOT = (3, 0)
+
+
+class PciSlotDevice(Device, Protocol):
+    """A :class:`PciDevice` that is complete: with registers and records."""
+
+    def config_read(self, register: int, size: int) -> int:
+        """A load from configuration space."""
+
+    def config_write(self, register: int, size: int, value: int) -> None:
+        """A store to configuration space."""
+
+
+class Board:
+    """What the parts of a machine are plugged into while it is made."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        events: Events,
+        ports: Bus,
+        mmio: Bus,
+        lines: InterruptRouter,
+        pci: PciHost,
+        interrupts: PciInterrupts,
+        windows: WindowDecoder,
+        dma: Dma,
+        make_ram: Callable[[str, int], DeviceRam],
+        post: Callable[[Callable[[], object]], object],
+        request_reset: Callable[[], object],
+    ) -> None:
+        self.clock = clock
+        self.events = events
+        self.ports = ports
+        """Fixed ports: ``ports.add(base, length, device, offset, sizes)``."""
+        self.mmio = mmio
+        """Fixed memory-mapped ranges outside RAM, the VGA window for example; the same ``add``."""
+        self.dma = dma
+        self.make_ram = make_ram
+        """(name, bytes) -> memory of a device, zeroed; whole pages."""
+        self.post = post
+        """Have a callable called in the vCPU's thread soon. Any thread; for backends that finish later."""
+        self.request_reset = request_reset
+        """Reset the machine, as soon as the present access is over."""
+        self.devices: list[Device] = []
+        """In the order of registration."""
+        self.cmos: dict[int, int] = {}
+        """Registers of the CMOS memory that firmware reads: index -> byte."""
+        self.files: dict[str, bytes] = {}
+        """Files of the firmware configuration device: name (at most 55 characters) -> contents."""
+        self._lines = lines
+        self._pci = pci
+        self._interrupts = interrupts
+        self._windows = windows
+
+    def isa(self, irq: int) -> IrqLine:
+        """A driver of ISA interrupt ``irq``. ValueError for 2 and numbers that do not exist."""
+        return self._lines.isa(irq)
+
+    def add(self, device: Device) -> None:
+        """Register a device for reset, records and time (deadlines). Its ranges are added to the buses apart."""
+        if any(device.name == other.name for other in self.devices):
+            raise ValueError(f"there are two devices {device.name}")
+        self.devices.append(device)
+
+    def connect(self, slot: int, function: int = 0, pin: int = 0) -> PciConnection:
+        """What a PCI device in that place is connected to; ``pin``: its INTx, 0 for INTA#."""
+        key = slot << 3 | function
+
+        def decode(regions: Sequence[Region]) -> None:
+            self._windows.decode(key, regions)
+
+        return PciConnection(self._interrupts.source(slot, pin), self.dma, decode)
+
+    def add_pci(self, slot: int, function: int, device: PciDevice) -> None:
+        """Register a device for everything, and put it on bus 0. ValueError if the place is taken."""
+        if not isinstance(device, Device):
+            raise ValueError(f"{device.name} has no records")
+        self._pci.add(slot, function, device)
+        self._windows.own(slot << 3 | function, device)
+        self.add(device)
+
+
+Attach = Callable[[Board], object]
+"""Puts devices onto a board."""
