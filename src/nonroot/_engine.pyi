@@ -26,6 +26,8 @@ class Memory:
         """Write like DMA: decoded code is dropped, frames count as dirty; ROM too."""
     def take_dirty(self) -> list[int]:
         """Frames written since the last call, ascending; clears the log."""
+    def take_dirty_in(self, gfn: int, count: int) -> list[int]:
+        """The same for ``count`` frames from ``gfn`` on; the rest of the log stays."""
 
 @final
 class Vcpu:

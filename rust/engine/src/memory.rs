@@ -115,4 +115,8 @@ impl Memory {
     fn take_dirty(&self) -> Vec<u64> {
         self.inner.take_dirty()
     }
+
+    fn take_dirty_in(&self, gfn: u64, count: u64) -> Vec<u64> {
+        self.inner.take_dirty_in(gfn, count)
+    }
 }

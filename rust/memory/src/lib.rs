@@ -387,6 +387,20 @@ impl Memory {
         self.dirty_generation.fetch_add(1, Ordering::AcqRel);
         out
     }
+
+    /// As [`Memory::take_dirty`], for `count` frames from `gfn` on; the rest of the log stays.
+    /// A range in which nothing was written costs the guest nothing.
+    pub fn take_dirty_in(&self, gfn: u64, count: u64) -> Vec<u64> {
+        let end = gfn.saturating_add(count).min(1 << (PHYS_BITS - PAGE_SHIFT));
+        let dirty = |&gfn: &u64| {
+            self.entry(gfn) & P2M_DIRTY != 0 && self.clear_flags(gfn, P2M_DIRTY) & P2M_DIRTY != 0
+        };
+        let out: Vec<u64> = (gfn..end).filter(dirty).collect();
+        if !out.is_empty() {
+            self.dirty_generation.fetch_add(1, Ordering::AcqRel);
+        }
+        out
+    }
 }
 
 impl Drop for Memory {
