@@ -3,7 +3,7 @@
 
 use crate::cpu::Cpu;
 use crate::state::*;
-use crate::tlb::{context, Entry, ENTRIES};
+use crate::tlb::{context, ENTRIES};
 use crate::walk::{Access, Kind};
 use nonroot_memory::{P2M_CODE, P2M_DIRTY, P2M_FLAGS, P2M_PRESENT, P2M_WRITABLE};
 
@@ -65,12 +65,9 @@ impl Cpu {
     /// privilege; `seg` decides between #GP and #SS for non-canonical addresses.
     #[inline(always)]
     pub fn load_lin(&mut self, seg: usize, lin: u64, size: usize) -> X<u64> {
-        let last = lin.wrapping_add(size as u64 - 1);
-        // SAFETY: `current` always points at a live Set of self.tlb.
-        let e = unsafe { (*self.tlb.current).read[(lin >> 12) as usize & (ENTRIES - 1)] };
-        if e.tag == last & PAGE_MASK | self.tlb.asid {
+        if let Some(host) = self.host_r(lin, size) {
             // SAFETY: a matching entry means that the whole page is mapped RAM.
-            return Ok(unsafe { host_load(lin.wrapping_add(e.addend) as *const u8, size) });
+            return Ok(unsafe { host_load(host, size) });
         }
         self.load_slow(seg, lin, size)
     }
@@ -78,12 +75,9 @@ impl Cpu {
     /// Stores the low `size` bytes to a linear address with the current privilege.
     #[inline(always)]
     pub fn store_lin(&mut self, seg: usize, lin: u64, size: usize, value: u64) -> X {
-        let last = lin.wrapping_add(size as u64 - 1);
-        // SAFETY: as in load_lin.
-        let e = unsafe { (*self.tlb.current).write[(lin >> 12) as usize & (ENTRIES - 1)] };
-        if e.tag == last & PAGE_MASK | self.tlb.asid {
+        if let Some(host) = self.host_rw(lin, size) {
             // SAFETY: a matching write entry means writable, dirty, code-free RAM.
-            unsafe { host_store(lin.wrapping_add(e.addend) as *mut u8, size, value) };
+            unsafe { host_store(host, size, value) };
             return Ok(());
         }
         self.store_slow(seg, lin, size, value)
@@ -93,19 +87,21 @@ impl Cpu {
     /// that needs no slow path.
     #[inline(always)]
     pub fn host_rw(&mut self, lin: u64, size: usize) -> Option<*mut u8> {
-        let last = lin.wrapping_add(size as u64 - 1);
-        // SAFETY: as in load_lin.
-        let e = unsafe { (*self.tlb.current).write[(lin >> 12) as usize & (ENTRIES - 1)] };
-        (e.tag == last & PAGE_MASK | self.tlb.asid).then(|| lin.wrapping_add(e.addend) as *mut u8)
+        debug_assert!(size <= 0x1000);
+        // SAFETY: as in host_r.
+        let e = unsafe { &(*self.tlb.current).entries[(lin >> 12) as usize & (ENTRIES - 1)] };
+        let offset = lin ^ e.write;
+        (offset <= 0x1000u64.wrapping_sub(size as u64)).then(|| (e.host + offset) as *mut u8)
     }
 
     /// The host address of `size` bytes that may be read in place, if that needs no slow path.
     #[inline(always)]
     pub fn host_r(&mut self, lin: u64, size: usize) -> Option<*const u8> {
-        let last = lin.wrapping_add(size as u64 - 1);
-        // SAFETY: as in load_lin.
-        let e = unsafe { (*self.tlb.current).read[(lin >> 12) as usize & (ENTRIES - 1)] };
-        (e.tag == last & PAGE_MASK | self.tlb.asid).then(|| lin.wrapping_add(e.addend) as *const u8)
+        debug_assert!(size <= 0x1000);
+        // SAFETY: `current` always points at a live Set of self.tlb.
+        let e = unsafe { &(*self.tlb.current).entries[(lin >> 12) as usize & (ENTRIES - 1)] };
+        let offset = lin ^ e.read;
+        (offset <= 0x1000u64.wrapping_sub(size as u64)).then(|| (e.host + offset) as *const u8)
     }
 
     #[cold]
@@ -326,16 +322,7 @@ impl Cpu {
         }
         let page = lin & PAGE_MASK;
         let entry = self.mem.entry(gpa >> 12);
-        let e = Entry { tag: page | self.tlb.asid, addend: (entry & !P2M_FLAGS).wrapping_sub(page) };
-        let i = (lin >> 12) as usize & (ENTRIES - 1);
-        // SAFETY: `current` points at a live Set of self.tlb.
-        let set = unsafe { &mut *self.tlb.current };
-        set.read[i] = e;
-        if write && entry & P2M_CODE == 0 {
-            set.write[i] = e;
-        } else if set.write[i].tag == e.tag {
-            set.write[i] = Entry::default();
-        }
+        self.tlb.enter(page, entry & !P2M_FLAGS, write && entry & P2M_CODE == 0);
     }
 
     // ---- system structures --------------------------------------------------------------

@@ -1,12 +1,14 @@
 //! The software TLB: which linear pages are directly readable and writable, and
 //! where in host memory.
 //!
-//! Entries are tagged with an address-space number (asid), so that a switch of
-//! address spaces costs a new number instead of a clearing. There is a set of
-//! entries for each access context, so that changes of CPL or RFLAGS.AC need no
-//! flush either. Only pages that need no further checks are entered: writable
-//! entries have their PTE dirty bit set, their frame in the dirty log, and no
-//! decoded code in it.
+//! There is a set of entries for each access context, so that changes of CPL or
+//! RFLAGS.AC need no flush, and such a group of sets for each of the last few
+//! address spaces, so that a switch between them needs none either. Only pages
+//! that need no further checks are entered: writable entries have their PTE
+//! dirty bit set, their frame in the dirty log, and no decoded code in it.
+//!
+//! The layout is shared with generated code: `linear ^ tag` of a page that is
+//! entered is the offset in the page, and of any other page more than that.
 
 use crate::cpu::Cpu;
 use crate::state::*;
@@ -29,23 +31,115 @@ pub mod context {
     pub const COUNT: usize = 4;
 }
 
-/// One entry. `tag = linear page | asid`; 0 never matches.
+/// One entry. A tag is the address of a linear page; a tag that belongs into
+/// another slot never matches.
 #[derive(Clone, Copy, Default)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct Entry {
-    /// Linear page address and asid.
-    pub tag: u64,
-    /// Host address minus linear address (wrapping).
-    pub addend: u64,
+    /// The page, if it is readable.
+    pub read: u64,
+    /// The page, if it is writable.
+    pub write: u64,
+    /// Host address of the page.
+    pub host: u64,
 }
 
-/// The entries of one context.
+/// Where generated code for a linear address is.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(16))]
+pub struct Jump {
+    /// Linear address of an instruction.
+    pub lin: u64,
+    /// Host address of its code.
+    pub code: u64,
+}
+
+/// Entries for jumps of generated code in one context.
+pub const JUMPS: usize = 2048;
+/// Filled slots that a set remembers, so that clearing it costs no more than filling it did.
+const LOG: usize = 64;
+
+/// The entries of one context of one address space.
 #[repr(C)]
 pub struct Set {
-    /// Readable pages.
-    pub read: [Entry; ENTRIES],
-    /// Writable pages.
-    pub write: [Entry; ENTRIES],
+    /// Data pages by bits 12 to 21 of the linear address.
+    pub entries: [Entry; ENTRIES],
+    /// Code by [`jump_slot`].
+    pub jumps: [Jump; JUMPS],
+    /// Which mode the code in `jumps` is for.
+    jump_mode: u64,
+    filled: usize,
+    log: [u16; LOG],
+    jumps_filled: usize,
+    jump_log: [u16; LOG],
+}
+
+/// Where in [`Set::jumps`] a linear address belongs; generated code computes the same.
+#[inline(always)]
+pub fn jump_slot(lin: u64) -> usize {
+    ((lin as u32).wrapping_mul(JUMP_HASH) >> 17 & 0x7ff0) as usize / 16
+}
+
+/// The multiplier of [`jump_slot`].
+pub const JUMP_HASH: u32 = 0x9e37_79b1;
+
+impl Set {
+    /// What an empty slot holds: zero belongs into slot 0, so slot 0 holds another.
+    fn nothing(slot: usize) -> Entry {
+        let tag = if slot == 0 { 0x1000 } else { 0 };
+        Entry { read: tag, write: tag, host: 0 }
+    }
+
+    fn no_jump(slot: usize) -> Jump {
+        Jump { lin: if slot == 0 { u64::MAX } else { 0 }, code: 0 }
+    }
+
+    /// Enters a readable page.
+    #[inline]
+    fn enter(&mut self, page: u64, host: u64, write: bool) {
+        let slot = (page >> 12) as usize & (ENTRIES - 1);
+        if self.filled < LOG {
+            self.log[self.filled] = slot as u16;
+        }
+        self.filled += 1;
+        let never = Self::nothing(slot).write;
+        self.entries[slot] = Entry { read: page, write: if write { page } else { never }, host };
+    }
+
+    fn clear(&mut self) {
+        if self.filled <= LOG {
+            for n in 0..self.filled {
+                let slot = self.log[n] as usize;
+                self.entries[slot] = Self::nothing(slot);
+            }
+        } else {
+            self.entries.fill(Entry::default());
+            self.entries[0] = Self::nothing(0);
+        }
+        self.filled = 0;
+        self.clear_jumps();
+    }
+
+    fn clear_jumps(&mut self) {
+        if self.jumps_filled <= LOG {
+            for n in 0..self.jumps_filled {
+                let slot = self.jump_log[n] as usize;
+                self.jumps[slot] = Self::no_jump(slot);
+            }
+        } else {
+            self.jumps.fill(Jump::default());
+            self.jumps[0] = Self::no_jump(0);
+        }
+        self.jumps_filled = 0;
+    }
+
+    /// Forgets a page if it is here.
+    fn forget(&mut self, page: u64) {
+        let slot = (page >> 12) as usize & (ENTRIES - 1);
+        if self.entries[slot].read == page {
+            self.entries[slot] = Self::nothing(slot);
+        }
+    }
 }
 
 /// An executable page: where its instructions are.
@@ -62,13 +156,25 @@ pub struct ExecEntry {
 /// Entries for instruction fetch.
 pub const EXEC_ENTRIES: usize = 256;
 
+/// Address spaces whose entries are kept.
+const SPACES: usize = 8;
+
+/// The sets of one address space.
+type Space = [Set; context::COUNT];
+
 /// All cached translations of a vCPU.
 pub struct Tlb {
     /// Set in use.
     pub current: *mut Set,
     /// Current asid (1..=4095).
     pub asid: u64,
-    sets: Box<[Set; context::COUNT]>,
+    spaces: Box<[Space; SPACES]>,
+    /// Whose entries each space has; 0: nobody's.
+    owner: [u64; SPACES],
+    /// When each space was last switched to.
+    used: [u64; SPACES],
+    switches: u64,
+    space: usize,
     /// Context in use.
     pub context: usize,
     /// Instruction fetch.
@@ -78,37 +184,50 @@ pub struct Tlb {
     /// Large pages that have entries: a bloom filter over linear address >> 21.
     large: Box<[u64; 64]>,
     any_large: bool,
+    /// Pages that have jumps: a bloom filter over linear address >> 12.
+    jump_pages: Box<[u64; 64]>,
     /// Generation of the p2m that the entries were made from.
     pub generation: u64,
     /// Generation of the dirty log in which write entries were made.
     pub dirty_generation: u64,
 }
 
-// SAFETY: `current` points into `sets`, which this object owns.
+// SAFETY: `current` points into `spaces`, which this object owns.
 unsafe impl Send for Tlb {}
 
 impl Default for Tlb {
     fn default() -> Self {
-        let layout = Layout::new::<[Set; context::COUNT]>();
-        // SAFETY: the layout is that of the type and not empty; Set is plain old data for
-        // which all zeroes is a valid (empty) value.
-        let sets: Box<[Set; context::COUNT]> = unsafe {
+        let layout = Layout::new::<[Space; SPACES]>();
+        // SAFETY: the layout is that of the type and not empty; a Space is plain old data for
+        // which all zeroes is a valid value (and, but for the first slots, an empty one).
+        let mut spaces: Box<[Space; SPACES]> = unsafe {
             let zeroed = alloc_zeroed(layout);
             if zeroed.is_null() {
                 handle_alloc_error(layout);
             }
             Box::from_raw(zeroed.cast())
         };
+        for set in spaces.iter_mut().flatten() {
+            set.entries[0] = Set::nothing(0);
+            set.jumps[0] = Set::no_jump(0);
+        }
+        let mut owner = [0; SPACES];
+        owner[0] = 1;
         let mut t = Tlb {
             current: std::ptr::null_mut(),
             asid: 1,
-            sets,
+            spaces,
+            owner,
+            used: [0; SPACES],
+            switches: 0,
+            space: 0,
             context: 0,
             exec: Box::new([ExecEntry::default(); EXEC_ENTRIES]),
             next_asid: 2,
             pcid_asid: Box::new([0; 4096]),
             large: Box::new([0; 64]),
             any_large: false,
+            jump_pages: Box::new([0; 64]),
             generation: 0,
             dirty_generation: 0,
         };
@@ -117,8 +236,9 @@ impl Default for Tlb {
     }
 }
 
-fn large_bit(lin: u64) -> (usize, u64) {
-    let h = (lin >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+/// The place of a number in a bloom filter of 4096 bits.
+fn bloom(number: u64) -> (usize, u64) {
+    let h = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
     ((h >> 6) as usize & 63, 1 << (h & 63))
 }
 
@@ -126,21 +246,21 @@ impl Tlb {
     /// Switches to a context.
     pub fn select(&mut self, context: usize) {
         self.context = context;
-        self.current = &mut self.sets[context];
+        self.current = &mut self.spaces[self.space][context];
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        for set in self.sets.iter_mut() {
-            set.read.fill(Entry::default());
-            set.write.fill(Entry::default());
+        for set in self.spaces.iter_mut().flatten() {
+            set.clear();
         }
+        self.owner.fill(0);
         self.exec.fill(ExecEntry::default());
         self.pcid_asid.fill(0);
         self.large.fill(0);
         self.any_large = false;
-        self.asid = 1;
-        self.next_asid = 2;
+        self.jump_pages.fill(0);
+        self.next_asid = 1;
     }
 
     fn fresh_asid(&mut self) -> u64 {
@@ -152,62 +272,128 @@ impl Tlb {
         asid
     }
 
+    /// Makes the space of an asid current: its own, a free one, or the one that was not used for longest.
+    fn take_space(&mut self, asid: u64) {
+        let known = self.owner.iter().position(|&owner| owner == asid);
+        self.space = known.unwrap_or_else(|| {
+            let space = self.owner.iter().position(|&owner| owner == 0).unwrap_or_else(|| {
+                (0..SPACES).min_by_key(|&space| self.used[space]).unwrap_or(0)
+            });
+            for set in &mut self.spaces[space] {
+                set.clear();
+            }
+            self.owner[space] = asid;
+            space
+        });
+        self.switches += 1;
+        self.used[self.space] = self.switches;
+        self.asid = asid;
+        self.select(self.context);
+    }
+
     /// Makes `pcid` current, keeping its entries if `keep`.
     pub fn switch(&mut self, pcid: u64, keep: bool) {
         let known = u64::from(self.pcid_asid[pcid as usize & 0xfff]);
-        self.asid = if keep && known != 0 {
-            known
-        } else {
-            let fresh = self.fresh_asid();
-            self.pcid_asid[pcid as usize & 0xfff] = fresh as u16;
-            fresh
-        };
+        if keep && known != 0 {
+            self.take_space(known);
+            return;
+        }
+        self.release(known);
+        let fresh = self.fresh_asid();
+        self.pcid_asid[pcid as usize & 0xfff] = fresh as u16;
+        self.take_space(fresh);
+    }
+
+    /// The space of an asid that will not come back is free.
+    fn release(&mut self, asid: u64) {
+        for owner in self.owner.iter_mut().filter(|owner| **owner == asid) {
+            *owner = 0;
+        }
     }
 
     /// Forgets the entries of a PCID; `current` says that it is the one in use.
     pub fn forget_pcid(&mut self, pcid: u64, current: bool) {
-        self.pcid_asid[pcid as usize & 0xfff] = 0;
         if current {
             self.switch(pcid, false);
+        } else {
+            self.release(u64::from(self.pcid_asid[pcid as usize & 0xfff]));
+            self.pcid_asid[pcid as usize & 0xfff] = 0;
         }
     }
 
     /// Forgets the entries of all PCIDs; `pcid` is the one in use.
     pub fn forget_all(&mut self, pcid: u64) {
+        self.owner.fill(0);
         self.pcid_asid.fill(0);
         self.switch(pcid, false);
     }
 
+    /// Enters a page that is readable in the current context, and writable if `write`.
+    #[inline]
+    pub fn enter(&mut self, page: u64, host: u64, write: bool) {
+        // SAFETY: `current` points at a live Set of this object.
+        unsafe { (*self.current).enter(page, host, write) };
+    }
+
+    /// Enters the generated code of an instruction in the current context. Only code
+    /// of one mode is ever there.
+    pub fn enter_jump(&mut self, lin: u64, code: u64, mode: u64) {
+        let (word, bit) = bloom(lin >> 12);
+        self.jump_pages[word] |= bit;
+        // SAFETY: as in enter().
+        let set = unsafe { &mut *self.current };
+        if set.jump_mode != mode {
+            set.clear_jumps();
+            set.jump_mode = mode;
+        }
+        let slot = jump_slot(lin);
+        if set.jumps_filled < LOG {
+            set.jump_log[set.jumps_filled] = slot as u16;
+        }
+        set.jumps_filled += 1;
+        set.jumps[slot] = Jump { lin, code };
+    }
+
+    /// Forgets all generated code.
+    pub fn forget_jumps(&mut self) {
+        for set in self.spaces.iter_mut().flatten() {
+            set.clear_jumps();
+        }
+        self.jump_pages.fill(0);
+    }
+
     /// Notes that part of a large page was entered.
     pub fn note_large(&mut self, lin: u64) {
-        let (word, bit) = large_bit(lin);
+        let (word, bit) = bloom(lin >> 21);
         self.large[word] |= bit;
         self.any_large = true;
     }
 
     /// Whether `lin` may lie in a large page that has entries.
     pub fn maybe_large(&self, lin: u64) -> bool {
-        let (word, bit) = large_bit(lin);
+        let (word, bit) = bloom(lin >> 21);
         self.any_large && self.large[word] & bit != 0
     }
 
-    /// Forgets one page in every context (for all asids that share its slot).
+    /// Forgets one page in every context and address space.
     pub fn forget_page(&mut self, lin: u64) {
-        let i = (lin >> 12) as usize;
-        for set in self.sets.iter_mut() {
-            set.read[i & (ENTRIES - 1)] = Entry::default();
-            set.write[i & (ENTRIES - 1)] = Entry::default();
+        for set in self.spaces.iter_mut().flatten() {
+            set.forget(lin & !0xfff);
         }
-        self.exec[i & (EXEC_ENTRIES - 1)] = ExecEntry::default();
+        self.exec[(lin >> 12) as usize & (EXEC_ENTRIES - 1)] = ExecEntry::default();
+        let (word, bit) = bloom(lin >> 12);
+        if self.jump_pages[word] & bit != 0 {
+            self.forget_jumps();
+        }
     }
 
     /// Forgets that host pages are writable: all write entries that lead to the
     /// page at this host address.
     pub fn forget_writable(&mut self, host_page: u64) {
-        for set in self.sets.iter_mut() {
-            for e in set.write.iter_mut() {
-                if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
-                    *e = Entry::default();
+        for set in self.spaces.iter_mut().flatten().filter(|set| set.filled != 0) {
+            for (slot, e) in set.entries.iter_mut().enumerate() {
+                if e.host == host_page {
+                    e.write = Set::nothing(slot).write;
                 }
             }
         }
