@@ -34,7 +34,8 @@ def test_bridges(pci: PciHost, slot: int, identity: int, class_code: int) -> Non
     assert config(pci, slot, 0, 4) == identity
     assert config(pci, slot, 8, 4) == class_code
     assert config(pci, slot, 2, 2) == identity >> 16
-    assert config(pci, slot, 0x0E, 1) == 0
+    assert config(pci, slot, 0x0E, 1) == (0x80 if slot else 0)
+    assert config(pci, slot, 0x2C, 4) == 0x1100_1AF4
 
 
 def test_scan_finds_exactly_two_functions(pci: PciHost) -> None:

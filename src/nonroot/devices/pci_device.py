@@ -8,8 +8,8 @@ A device derives from :class:`PciDevice`, says what it is and which regions its 
             super().__init__("beeper", PciIdentity(0x1234, 0x0001, 0x04_80_00), [Bar(0, BarKind.IO, 16)], connection)
 
 Accesses to a BAR arrive at the device's own ``read`` and ``write``, at ``Bar.offset`` plus the place in the BAR; so do
-fixed ports (legacy ranges), at the offsets that the board was told. A BAR of kind RAM is memory that the guest reads and
-writes without exits (a framebuffer).
+fixed ports (legacy ranges), at the offsets that the board was told. A BAR of kind RAM is memory that the guest reads
+and writes without exits (a framebuffer).
 
 Source: PCI local bus specification 2.1, chapter 6.
 """
@@ -175,7 +175,7 @@ UNCONNECTED: Final = PciConnection()
 
 
 class PciDevice(ConfigSpace):
-    """The PCI side of a device. Subclasses add ``read``, ``write``, ``state``, ``from_state`` and their own ``reset``."""
+    """The PCI side of a device. Subclasses add ``read``, ``write``, ``state``, ``from_state``, more to ``reset``."""
 
     def __init__(
         self,
@@ -282,9 +282,9 @@ class PciDevice(ConfigSpace):
         for bar in self.bars:
             base = self.base(bar.index)
             if bar.kind is BarKind.IO:
-                good = command & COMMAND_IO and 0 < base and base + bar.size <= PORTS_END
+                good = command & COMMAND_IO and base > 0 and base + bar.size <= PORTS_END
             else:
-                good = command & COMMAND_MEMORY and 0 < base and base + bar.size < 1 << 32
+                good = command & COMMAND_MEMORY and base > 0 and base + bar.size < 1 << 32
             if good:
                 regions.append(Region(bar, base))
         now = tuple(regions)

@@ -111,8 +111,8 @@ class Runner:
         return {
             "engine": self._choice.engine,
             "reason": self._choice.reason,
-            "protocol": plan.protocol,
-            "protocol_reason": plan.reason,
+            "protocol": "bios" if plan is None else plan.protocol,
+            "protocol_reason": "it starts in firmware" if plan is None else plan.reason,
             "kernel": self._options.kernel,
             "initrd": self._options.initrd,
             "command_line": self._command_line,

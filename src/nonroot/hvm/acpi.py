@@ -5,6 +5,7 @@ Source: ACPI specification 6.5, chapter 5.2; FADT in the form of revision 5.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,9 +13,10 @@ from nonroot.hvm import aml, board
 from nonroot.hvm.acpi_pm import S5
 from nonroot.hvm.irq import ISA_TIMER_GSI, SCI, pci_gsi
 from nonroot.hvm.memory_map import FIRMWARE_END, FIRMWARE_START, IOAPIC_BASE, LAPIC_BASE, RAM_LOW_END
+from nonroot.hvm.pirq import FIRMWARE_ROUTES, pirq_link
 from nonroot.hvm.rtc import CENTURY
 
-__all__ = ["AcpiTables", "build_tables", "checksum"]
+__all__ = ["AcpiTables", "IsaDevice", "build_tables", "checksum"]
 
 OEM_ID: Final = b"NONRUT"
 OEM_TABLE_ID: Final = b"NONROOT "
@@ -24,6 +26,7 @@ ALIGNMENT: Final = 64
 # FADT
 PM_PROFILE_ENTERPRISE_SERVER: Final = 4
 BOOT_LEGACY_DEVICES: Final = 1 << 0
+BOOT_8042: Final = 1 << 1
 BOOT_NO_VGA: Final = 1 << 2
 BOOT_NO_ASPM: Final = 1 << 4
 FLAG_WBINVD: Final = 1 << 0
@@ -57,6 +60,19 @@ class AcpiTables:
         return list(self.tables.values())
 
 
+@dataclass(frozen=True, slots=True)
+class IsaDevice:
+    """A device on the ISA bus that the DSDT names."""
+
+    path: str
+    """Its name segment: ``KBD``, ``FDC0``."""
+    hid: str
+    """Its EISA ID."""
+    ports: tuple[tuple[int, int], ...] = ()
+    """(first port, number of ports)."""
+    irq: int | None = None
+
+
 def checksum(data: bytes | bytearray) -> int:
     """The byte that makes the sum of all bytes zero."""
     return -sum(data) & 0xFF
@@ -76,7 +92,7 @@ def _address(space: int, bits: int, access: int, address: int) -> bytes:
     return struct.pack("<BBBBQ", space, bits, 0, access, address)
 
 
-def _fadt(facs: int, dsdt: int) -> bytes:
+def _fadt(facs: int, dsdt: int, boot: int) -> bytes:
     flags = (
         FLAG_WBINVD
         | FLAG_PROC_C1
@@ -89,7 +105,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     body += struct.pack("<8I", board.PM1A_EVENT, 0, board.PM1A_CONTROL, 0, 0, board.PM_TIMER, 0, 0)
     body += struct.pack("<8B", 4, 2, 0, 4, 0, 0, 0, 0)
     body += struct.pack("<4H5B", NO_C2, NO_C3, 0, 0, 0, 0, 0, 0, CENTURY)
-    body += struct.pack("<HBI", BOOT_LEGACY_DEVICES | BOOT_NO_VGA | BOOT_NO_ASPM, 0, flags)
+    body += struct.pack("<HBI", boot, 0, flags)
     body += _address(SPACE_IO, 8, 1, board.RESET_CONTROL) + struct.pack("<BHB", board.RESET_VALUE, 0, 0)
     body += struct.pack("<QQ", 0, dsdt)
     absent = bytes(12)
@@ -127,15 +143,22 @@ def _isa_device(path: str, hid: str, *descriptors: bytes, uid: int | None = None
     return aml.device(path, *terms)
 
 
-def _dsdt(apic_ids: list[int], uarts: int) -> bytes:
+def _routes(name: str, apic: bool) -> bytes:
+    """The routing table of bus 0: to the I/O APIC's inputs, or to the ISA interrupts that firmware chooses."""
+    routes = []
+    for slot in range(1, 32):
+        for pin in range(4):
+            gsi = pci_gsi(slot, pin) if apic else FIRMWARE_ROUTES[pirq_link(slot, pin)]
+            routes.append(
+                aml.package(aml.integer(slot << 16 | 0xFFFF), aml.integer(pin), aml.integer(0), aml.integer(gsi))
+            )
+    return aml.name(name, aml.package(*routes))
+
+
+def _dsdt(apic_ids: list[int], uarts: int, extra: Sequence[IsaDevice]) -> bytes:
     processors = [
         aml.device(f"C{uid:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(uid)))
         for uid in range(len(apic_ids))
-    ]
-    routes = [
-        aml.package(aml.integer(slot << 16 | 0xFFFF), aml.integer(pin), aml.integer(0), aml.integer(pci_gsi(slot, pin)))
-        for slot in range(1, 32)
-        for pin in range(4)
     ]
     isa = [
         _isa_device("RTC", "PNP0B00", aml.io_port(board.RTC, 2), aml.irq(board.RTC_IRQ)),
@@ -146,6 +169,11 @@ def _dsdt(apic_ids: list[int], uarts: int) -> bytes:
     ]
     for index, (base, line) in enumerate(board.UARTS[:uarts]):
         isa.append(_isa_device(f"COM{index + 1}", "PNP0501", aml.io_port(base, 8), aml.irq(line), uid=index + 1))
+    for part in extra:
+        resources = [aml.io_port(first, count) for first, count in part.ports]
+        if part.irq is not None:
+            resources.append(aml.irq(part.irq))
+        isa.append(_isa_device(part.path, part.hid, *resources))
     bridge = aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A03")),
@@ -161,18 +189,42 @@ def _dsdt(apic_ids: list[int], uarts: int) -> bytes:
                 aml.dword_memory(RAM_LOW_END, IOAPIC_BASE - 1),
             ),
         ),
-        aml.name("_PRT", aml.package(*routes)),
+        _routes("PRTA", apic=True),
+        _routes("PRTP", apic=False),
+        aml.method(
+            "_PRT",
+            0,
+            aml.if_then(aml.name_string("\\PICM"), aml.return_value(aml.name_string("PRTA"))),
+            aml.return_value(aml.name_string("PRTP")),
+        ),
         aml.device("ISA", aml.name("_ADR", aml.integer(1 << 16)), *isa),
     )
     # What no driver may claim: the fixed ACPI hardware and the agent channel.
     reserved = _isa_device("RSVD", "PNP0C02", aml.io_port(board.PM1A_EVENT, 12), aml.io_port(board.AGENT, 12), uid=0)
     sleep = aml.package(aml.integer(S5), aml.integer(0), aml.integer(0), aml.integer(0))
-    body = aml.scope("\\_SB", *processors, bridge, reserved) + aml.name("\\_S5", sleep)
+    model = aml.name("\\PICM", aml.integer(0)) + aml.method(
+        "\\_PIC", 1, aml.store(aml.argument(0), aml.name_string("\\PICM"))
+    )
+    body = model + aml.scope("\\_SB", *processors, bridge, reserved) + aml.name("\\_S5", sleep)
     return _table(b"DSDT", 2, body)
 
 
-def build_tables(apic_ids: list[int], uarts: int = 2, ioapic_id: int = 0) -> AcpiTables:
-    """Tables for vCPUs with these APIC ids. ValueError if they do not fit below 1 MiB."""
+def build_tables(
+    apic_ids: list[int],
+    uarts: int = 2,
+    ioapic_id: int = 0,
+    extra: Sequence[IsaDevice] = (),
+    has_vga: bool = False,
+    has_8042: bool = False,
+) -> AcpiTables:
+    """
+    Tables for vCPUs with these APIC ids.
+
+    ``extra``: further devices to name. ``has_vga`` and ``has_8042`` let systems look for those without names.
+    ValueError if the tables do not fit below 1 MiB.
+    """
+    boot = BOOT_LEGACY_DEVICES | BOOT_NO_ASPM
+    boot |= (0 if has_vga else BOOT_NO_VGA) | (BOOT_8042 if has_8042 else 0)
     place = FIRMWARE_START + ALIGNMENT
     tables: dict[str, tuple[int, bytes]] = {}
 
@@ -186,8 +238,8 @@ def build_tables(apic_ids: list[int], uarts: int = 2, ioapic_id: int = 0) -> Acp
         return address
 
     facs = put(_facs())
-    dsdt = put(_dsdt(apic_ids, uarts))
-    entries = [put(_fadt(facs, dsdt)), put(_madt(apic_ids, ioapic_id))]
+    dsdt = put(_dsdt(apic_ids, uarts, extra))
+    entries = [put(_fadt(facs, dsdt, boot)), put(_madt(apic_ids, ioapic_id))]
     xsdt = put(_table(b"XSDT", 1, struct.pack(f"<{len(entries)}Q", *entries)))
     rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0))
     rsdp[8] = checksum(rsdp[:20])

@@ -7,17 +7,23 @@ import struct
 from typing import Final
 
 __all__ = [
+    "argument",
     "buffer",
     "device",
     "dword_memory",
     "eisa_id",
+    "if_then",
     "integer",
     "io_port",
     "irq",
+    "method",
     "name",
+    "name_string",
     "package",
     "resources",
+    "return_value",
     "scope",
+    "store",
     "string",
     "word_bus_number",
     "word_io",
@@ -29,6 +35,11 @@ NAME_OP: Final = b"\x08"
 SCOPE_OP: Final = b"\x10"
 BUFFER_OP: Final = b"\x11"
 PACKAGE_OP: Final = b"\x12"
+METHOD_OP: Final = b"\x14"
+ARGUMENT_OP: Final = 0x68
+STORE_OP: Final = b"\x70"
+IF_OP: Final = b"\xa0"
+RETURN_OP: Final = b"\xa4"
 DEVICE_OP: Final = b"\x5b\x82"
 ROOT: Final = b"\\"
 DUAL_NAME: Final = b"\x2e"
@@ -121,6 +132,35 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """A device."""
     return DEVICE_OP + _with_length(name_string(path) + b"".join(terms))
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """A control method of 0..7 arguments, not serialized."""
+    if not 0 <= arguments <= 7:
+        raise AmlError(f"a method of {arguments} arguments cannot be")
+    return METHOD_OP + _with_length(name_string(path) + bytes([arguments]) + b"".join(terms))
+
+
+def argument(number: int) -> bytes:
+    """Argument 0..6 of the method."""
+    if not 0 <= number <= 6:
+        raise AmlError(f"there is no argument {number}")
+    return bytes([ARGUMENT_OP + number])
+
+
+def store(source: bytes, target: bytes) -> bytes:
+    """Copy a value into a named object (``target`` by :func:`name_string`)."""
+    return STORE_OP + source + target
+
+
+def if_then(condition: bytes, *terms: bytes) -> bytes:
+    """Terms that are executed if the condition is not zero."""
+    return IF_OP + _with_length(condition + b"".join(terms))
+
+
+def return_value(value: bytes) -> bytes:
+    """End the method with a value."""
+    return RETURN_OP + value
 
 
 # ── resource descriptors ──

@@ -14,6 +14,7 @@ RTC: Final = 0x70
 POST: Final = 0x80
 PORT_A: Final = 0x92
 DEBUG_CONSOLE: Final = 0xE9
+FIRMWARE_DEBUG: Final = 0x402
 PM1A_EVENT: Final = 0x600
 PM1A_CONTROL: Final = 0x604
 PM_TIMER: Final = 0x608

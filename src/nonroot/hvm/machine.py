@@ -6,19 +6,23 @@ will be behind one lock, taken around the dispatch of an exit.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Condition
 from typing import Final
 from weakref import finalize
 
 from nonroot._engine import Memory
 from nonroot.boot.plan import BootPlan, plan_boot
+from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
+from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
+from nonroot.devices.piix4_pm import Piix4Pm
 from nonroot.engines.policy import CpuPolicy
 from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
 from nonroot.errors import BadOptionError
 from nonroot.hvm import board
-from nonroot.hvm.acpi import build_tables
+from nonroot.hvm.acpi import AcpiTables, build_tables
+from nonroot.hvm.acpi_loader import loader_files
 from nonroot.hvm.acpi_pm import LENGTH as ACPI_PM_LENGTH
 from nonroot.hvm.acpi_pm import AcpiPm
 from nonroot.hvm.agent_port import CAPACITY as AGENT_CAPACITY
@@ -28,18 +32,25 @@ from nonroot.hvm.bus import Bus
 from nonroot.hvm.clock import MachineClock
 from nonroot.hvm.debug_port import CONSOLE as DEBUG_CONSOLE
 from nonroot.hvm.debug_port import DebugPort
+from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Device, StateError, TimedDevice
 from nonroot.hvm.dispatch import HANDLERS
+from nonroot.hvm.dma import GuestDma
+from nonroot.hvm.firmware import Firmware, boot_files, boot_registers, firmware_items
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
-from nonroot.hvm.memory_map import IOAPIC_BASE, MemoryMap
+from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
 from nonroot.hvm.outcome import Outcome, Reason
+from nonroot.hvm.pc import POWER_SLOT, Attach, Board
 from nonroot.hvm.pci import PciHost
-from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, PicPair
+from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
+from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
 from nonroot.hvm.pit import PORT_B, Pit
-from nonroot.hvm.ram import close_files, create_ram
+from nonroot.hvm.ram import BoardRam, DirtyLog, close_files, create_ram, create_rom
 from nonroot.hvm.reset import I8042, I8042_COMMAND, I8042_DATA, PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
+from nonroot.hvm.shadow import ShadowRam
+from nonroot.hvm.smbios import smbios_files
 from nonroot.hvm.streams import InputQueue, OutputBuffer
 from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
 
@@ -58,8 +69,14 @@ class MachineConfig:
     """What a machine is made of."""
 
     memory_bytes: int
-    kernel: bytes
-    """A bzImage, or an ELF with a PVH note."""
+    kernel: bytes = b""
+    """A bzImage, or an ELF with a PVH note; nothing with ``firmware``."""
+    firmware: Firmware | None = None
+    """Start in firmware, at the reset vector, instead of a kernel."""
+    attach: Sequence[Attach] = ()
+    """Devices of the PC: called with the board, in order, while the machine is made."""
+    reboot: bool | None = None
+    """Whether a reset (or a triple fault) starts the machine again, rather than ending the run. None: with firmware."""
     cmdline: str = ""
     initrd: bytes | None = None
     protocol: str = "auto"
@@ -114,10 +131,17 @@ class Machine:
             raise BadOptionError(f"a machine has 1 to {len(board.UARTS)} serial ports, not {config.uarts}")
         outputs = outputs or Outputs()
         self.memory_map = MemoryMap(config.memory_bytes)
-        acpi = build_tables([0], config.uarts, ioapic_id=1)
-        self.plan: BootPlan = plan_boot(
-            config.kernel, self.memory_map, config.cmdline, config.initrd, acpi.rsdp, config.protocol
-        )
+        self.plan: BootPlan | None = None
+        """How the kernel is started; None with firmware."""
+        if config.firmware is None:
+            self.plan = plan_boot(
+                config.kernel, self.memory_map, config.cmdline, config.initrd, FIRMWARE_START, config.protocol
+            )
+        else:
+            config.firmware.check()
+        self._reboots = config.reboot if config.reboot is not None else config.firmware is not None
+        self.resets = 0
+        """How often the guest has been started again."""
         self.memory_files: list[int] = []
         """A read-only descriptor of each backing of the memory."""
         self.memory: Memory = create_ram(self.memory_map, config.scramble_seed, self.memory_files)
@@ -127,8 +151,6 @@ class Machine:
         options = EngineOptions(virtual_time=config.virtual_time, random_seed=config.random_seed, off=config.engine_off)
         self.vcpu: Vcpu = engine.create_vcpu(self.memory, policy, 0, options)
         self.vcpus: tuple[Vcpu, ...] = (self.vcpu,)
-        for address, data in (*acpi.image(), *self.plan.pieces):
-            self.memory.write(address, data)
         self.clock = MachineClock(self.vcpu.now_ns)
         self.events: Counter[tuple[str, str]] = Counter()
         self.exit_counts: dict[type, int] = dict.fromkeys(HANDLERS, 0)
@@ -139,7 +161,11 @@ class Machine:
         self._pause = Condition()
         self._deadline: int | None = None
         self._wire(config, outputs)
-        self.vcpu.set_state(self.plan.entry.apply(self.vcpu.state()))
+        self._power_on_state = self.vcpu.state()
+        if self.plan is not None:
+            for address, data in self.plan.pieces:
+                self.memory.write(address, data)
+            self.vcpu.set_state(self.plan.entry.apply(self._power_on_state))
 
     def _wire(self, config: MachineConfig, outputs: Outputs) -> None:
         """Create the devices and connect them as :mod:`nonroot.hvm.board` says."""
@@ -151,9 +177,15 @@ class Machine:
         nvram = memory_registers(self.memory_map.low_end, self.memory_map.high_bytes)
         self.rtc = Rtc(clock, lines.isa(board.RTC_IRQ), config.base_wall_ns, nvram, event)
         self.acpi_pm = AcpiPm(clock, lines.gsi(SCI), self._power_off, event)
-        self.pci = PciHost(event)
-        self.reset_control = ResetControl(self._reset, event)
-        self.i8042 = I8042(self._reset, event)
+        interrupts = PciInterrupts(lines)
+        self.shadow: ShadowRam | None = None
+        if config.firmware is not None:
+            image = config.firmware.image
+            self.shadow = ShadowRam(self.memory, create_rom(self.memory, image, self.memory_files), len(image))
+            self.pci = PciHost(event, self.shadow.apply, interrupts.route)
+        else:
+            self.pci = PciHost(event, route=interrupts.route)
+        self.reset_control = ResetControl(self.request_reset, event)
         self._debug_buffer = OutputBuffer(clock, outputs.debug)
         self.debug_port = DebugPort(self._debug_buffer.put, event)
         self._buffers = [self._debug_buffer]
@@ -164,16 +196,42 @@ class Machine:
         self.agent_port = AgentPort(outputs.agent, self._agent_drained, event)
         self._agent_input = InputQueue(self.agent_port.receive, AGENT_CAPACITY)
         self._agent_wants_input = outputs.agent_wants_input
+        self.ports = Bus("port", 16, event)
+        self.mmio = Bus("mmio", 52, event)
+        self.dirty_log = DirtyLog(self.memory)
+        self._map_devices(config)
+        self.board = Board(
+            clock=clock,
+            events=event,
+            ports=self.ports,
+            mmio=self.mmio,
+            lines=lines,
+            pci=self.pci,
+            interrupts=interrupts,
+            windows=WindowDecoder(self.ports, self.mmio, self.memory_map.low_end, event),
+            dma=GuestDma(self.memory, self.memory_map.low_end, event),
+            make_ram=lambda name, size: BoardRam(self.memory, self.dirty_log, name, size, self.memory_files),
+            post=self.post,
+            request_reset=self.request_reset,
+        )
+        for attach in config.attach:
+            attach(self.board)
+        if not self.board.has_8042:
+            self._add_bare_8042()
+        if config.firmware is None:
+            self._place_tables(config)
+        else:
+            self._add_firmware(config, config.firmware)
         self.devices: tuple[Device, ...] = (
             self.pit,
             self.rtc,
             self.acpi_pm,
             self.pci,
             self.reset_control,
-            self.i8042,
             self.debug_port,
             *self.uarts,
             self.agent_port,
+            *self.board.devices,
             self.pic,
             self.ioapic,
         )
@@ -183,9 +241,41 @@ class Machine:
             self.rtc,
             self.acpi_pm,
             *self.uarts,
+            *(device for device in self.board.devices if isinstance(device, TimedDevice)),
             *self._buffers,
         )
-        self._map_devices(config)
+
+    def _add_bare_8042(self) -> None:
+        """Nothing is plugged in, but systems switch A20 and reset the machine by it."""
+        i8042 = I8042(self.request_reset, self._count_event)
+        self.ports.add(board.I8042_DATA, 1, i8042, I8042_DATA)
+        self.ports.add(board.I8042_COMMAND, 1, i8042, I8042_COMMAND)
+        self.board.add(i8042)
+
+    def _acpi(self, config: MachineConfig) -> AcpiTables:
+        parts = self.board
+        return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042)
+
+    def _place_tables(self, config: MachineConfig) -> None:
+        """Without firmware, its work is ours: the tables in memory, and the routes of the PCI interrupts."""
+        for address, data in self._acpi(config).image():
+            self.memory.write(address, data)
+        self.pci.set_routes(FIRMWARE_ROUTES)
+        self.pic.write(SLAVE_ELCR, 1, sum(1 << irq - 8 for irq in set(FIRMWARE_ROUTES)))
+
+    def _add_firmware(self, config: MachineConfig, firmware: Firmware) -> None:
+        parts = self.board
+        self.rtc.preset(boot_registers(firmware) | parts.cmos)
+        files = loader_files(self._acpi(config)) | smbios_files(self.memory_map) | parts.files
+        files |= boot_files(firmware, self.memory_map)
+        items = firmware_items(firmware, self.memory_map, len(self.vcpus))
+        fw_cfg = FwCfg(items, files, parts.dma, self._count_event)
+        self.ports.add(FW_CFG_PORTS, FW_CFG_LENGTH, fw_cfg, sizes=(1, 2, 4))
+        self.ports.add(board.FIRMWARE_DEBUG, 1, self.debug_port, DEBUG_CONSOLE)
+        parts.add(fw_cfg)
+        slot, function = POWER_SLOT
+        parts.add_pci(slot, function, Piix4Pm(parts.connect(slot, function)))
+        self.pci.reset()
 
     def _add_uart(self, index: int, irq: Callable[[bool], None], outputs: Outputs, agent: bool) -> None:
         buffer = OutputBuffer(self.clock, lambda data: outputs.console(index, data))
@@ -203,8 +293,6 @@ class Machine:
         self._uart_input.append(InputQueue(uart.receive, FIFO_SIZE))
 
     def _map_devices(self, config: MachineConfig) -> None:
-        self.ports = Bus("port", 16, self._count_event)
-        self.mmio = Bus("mmio", 52, self._count_event)
         ports = self.ports
         ports.add(board.PIC_MASTER, 2, self.pic)
         ports.add(board.PIC_SLAVE, 2, self.pic, SLAVE_COMMAND)
@@ -214,8 +302,6 @@ class Machine:
         ports.add(board.RTC, 2, self.rtc)
         ports.add(board.POST, 1, self.debug_port)
         ports.add(board.DEBUG_CONSOLE, 1, self.debug_port, DEBUG_CONSOLE)
-        ports.add(board.I8042_DATA, 1, self.i8042, I8042_DATA)
-        ports.add(board.I8042_COMMAND, 1, self.i8042, I8042_COMMAND)
         ports.add(board.PORT_A, 1, self.reset_control, PORT_A)
         ports.add(board.RESET_CONTROL, 1, self.reset_control, RESET_CONTROL)
         ports.add(board.PCI_CONFIG, 4, self.pci, sizes=(4,))
@@ -300,6 +386,8 @@ class Machine:
             outcome = handler(exit_, self, vcpu)
             if outcome is not None:
                 self.outcome = outcome
+                if self._reboots and outcome.reason in (Reason.RESET, Reason.TRIPLE_FAULT):
+                    self._restart()
             elif limit is not None and vcpu.retired() >= limit:
                 self.outcome = Outcome(Reason.STOPPED, "the limit of instructions was reached")
         outcome = self.outcome
@@ -377,8 +465,19 @@ class Machine:
     def _power_off(self) -> None:
         self.outcome = Outcome(Reason.POWER_OFF)
 
-    def _reset(self) -> None:
+    def request_reset(self) -> None:
+        """The reset button, for devices and for :meth:`post`: the machine starts again, or the run ends."""
         self.outcome = Outcome(Reason.RESET)
+
+    def _restart(self) -> None:
+        """The RESET line: every device and the vCPU as after power-on; memory, CMOS and time go on."""
+        self.outcome = None
+        self.resets += 1
+        for device in self.devices:
+            device.reset()
+        vcpu = self.vcpu
+        vcpu.set_state(replace(self._power_on_state, now_ns=vcpu.now_ns(), retired=vcpu.retired()))
+        self.clock.rearm()
 
     def _take_agent_input(self, data: bytes) -> None:
         self._agent_input.add(data)

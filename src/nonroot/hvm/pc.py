@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nonroot.devices.pci_device import DeviceRam, Dma, PciConnection, PciDevice, Region
+from nonroot.hvm.acpi import IsaDevice
 from nonroot.hvm.bus import Bus
 from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Clock, Device, Events, IrqLine
@@ -79,6 +80,15 @@ class Board:
         """In the order of registration."""
         self.cmos: dict[int, int] = {}
         """Registers of the CMOS memory that firmware reads: index -> byte."""
+        self.isa_devices: list[IsaDevice] = []
+        """
+        What the DSDT names beside the devices that are always there. SeaBIOS looks there too: without ``PNP0303`` it
+        skips the PS/2 keyboard, without ``PNP0700`` the floppy controller (``PNP0F13`` is the PS/2 mouse).
+        """
+        self.has_vga = False
+        """Set by whoever attaches a display adapter: systems look for one then."""
+        self.has_8042 = False
+        """Set by whoever attaches a keyboard controller with a keyboard; without one there is a bare controller."""
         self.files: dict[str, bytes] = {}
         """Files of the firmware configuration device: name (at most 55 characters) -> contents."""
         self._lines = lines

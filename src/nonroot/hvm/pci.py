@@ -1,13 +1,16 @@
 """The PCI host bridge: configuration mechanism 1, an i440FX (00:00.0) and a PIIX3 ISA bridge (00:01.0).
 
+The i440FX says when the shadowing of 0xC0000..0xFFFFF changes (PAM registers), the PIIX3 when a PCI interrupt is routed
+to another ISA interrupt; what that means is the machine's.
+
 Source: PCI local bus specification 2.1, chapter 3.2.2.3; Intel 82441FX (290549) and 82371SB (290550) datasheets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
-from nonroot.hvm.device import NO_EVENTS, Events, StateError, StateRecord, blob, expect, u32
+from nonroot.hvm.device import NO_EVENTS, Events, StateError, StateRecord, blob, expect, ignore, u32
 
 __all__ = ["ConfigSpace", "I440Fx", "PciFunction", "PciHost", "PciHostState", "Piix3"]
 
@@ -81,30 +84,77 @@ def _identity(device: int, class_code: int, header_type: int) -> dict[int, tuple
     }
 
 
-class I440Fx(ConfigSpace):
-    """82441FX host bridge, 8086:1237. PAM, SMRAM and DRAM registers keep their values and have no effect."""
+PAM: Final = 0x59
+PAM_REGISTERS: Final = 7
+PIRQ_ROUTE: Final = 0x60
+PIRQS: Final = 4
+SUBSYSTEM: Final = (2, 0x1AF4), (2, 0x1100)
+"""Subsystem vendor and device, by which SeaBIOS recognises a machine that offers it fw_cfg."""
 
-    def __init__(self) -> None:
+
+class I440Fx(ConfigSpace):
+    """82441FX host bridge, 8086:1237. SMRAM and DRAM registers keep their values and have no effect."""
+
+    def __init__(self, shadow: Callable[[bytes], object] = ignore) -> None:
+        """``shadow`` takes the seven PAM registers whenever one of them was written, or they were reset."""
         header = _identity(0x1237, 0x06_00_00, 0)
         header |= {COMMAND: (2, COMMAND_MEMORY | COMMAND_MASTER), 0x06: (2, 0x0280), 0x08: (1, 0x02), 0x72: (1, 0x02)}
-        writable = [(0x0D, 1, 0xF8), (0x50, 2, 0xFFFF), (0x59, 7, 0x33_33_33_33_33_33_33), (0x60, 8, (1 << 64) - 1)]
+        header |= {0x2C: SUBSYSTEM[0], 0x2E: SUBSYSTEM[1]}
+        writable = [(0x0D, 1, 0xF8), (0x50, 2, 0xFFFF), (PAM, 7, 0x33_33_33_33_33_33_30), (0x60, 8, (1 << 64) - 1)]
         super().__init__(header, [*writable, (0x72, 1, 0x78)])
+        self._shadow = shadow
+
+    def apply(self) -> None:
+        """Tell the machine how 0xC0000..0xFFFFF is shadowed."""
+        self._shadow(bytes(self.data[PAM : PAM + PAM_REGISTERS]))
+
+    def reset(self) -> None:
+        """Nothing is shadowed: the firmware's ROM is seen."""
+        super().reset()
+        self.apply()
+
+    def config_write(self, register: int, size: int, value: int) -> None:
+        """A store; the shadowing follows."""
+        super().config_write(register, size, value)
+        if register < PAM + PAM_REGISTERS and register + size > PAM:
+            self.apply()
 
 
 class Piix3(ConfigSpace):
-    """82371SB ISA bridge, 8086:7000. PIRQ routing registers keep their values and have no effect."""
+    """82371SB ISA bridge, 8086:7000. One of several functions in its slot."""
 
-    def __init__(self) -> None:
-        header = _identity(0x7000, 0x06_01_00, 0x00)
+    def __init__(self, route: Callable[[int, int], object] | None = None) -> None:
+        """``route`` takes (PIRQ 0..3, value of its route register) whenever one was written, or they were reset."""
+        header = _identity(0x7000, 0x06_01_00, 0x80)
         header |= {
             COMMAND: (2, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER),
             0x06: (2, 0x0200),
+            0x2C: SUBSYSTEM[0],
+            0x2E: SUBSYSTEM[1],
             0x4C: (1, 0x4D),
             0x4E: (2, 0x0003),
-            0x60: (4, 0x80808080),
+            PIRQ_ROUTE: (4, 0x80808080),
         }
-        writable = [(COMMAND, 2, 0x0108), (0x4C, 1, 0xFF), (0x4E, 2, 0x01FF), (0x60, 4, 0x8F8F8F8F), (0x69, 1, 0xFE)]
-        super().__init__(header, writable)
+        writable = [(COMMAND, 2, 0x0108), (0x4C, 1, 0xFF), (0x4E, 2, 0x01FF), (PIRQ_ROUTE, 4, 0x8F8F8F8F)]
+        super().__init__(header, [*writable, (0x69, 1, 0xFE)])
+        self._route = route
+
+    def apply(self) -> None:
+        """Tell the machine all four routes."""
+        if self._route is not None:
+            for pirq in range(PIRQS):
+                self._route(pirq, self.data[PIRQ_ROUTE + pirq])
+
+    def reset(self) -> None:
+        """No PCI interrupt reaches an ISA interrupt."""
+        super().reset()
+        self.apply()
+
+    def config_write(self, register: int, size: int, value: int) -> None:
+        """A store; the routing follows."""
+        super().config_write(register, size, value)
+        if register < PIRQ_ROUTE + PIRQS and register + size > PIRQ_ROUTE:
+            self.apply()
 
 
 @dataclass(slots=True)
@@ -131,11 +181,17 @@ class PciHost:
 
     name = "pci-host"
 
-    def __init__(self, events: Events = NO_EVENTS) -> None:
+    def __init__(
+        self,
+        events: Events = NO_EVENTS,
+        shadow: Callable[[bytes], object] = ignore,
+        route: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """``shadow`` and ``route`` as :class:`I440Fx` and :class:`Piix3` say."""
         self._events = events
         self._address = 0
-        self._i440fx = I440Fx()
-        self._piix3 = Piix3()
+        self._i440fx = I440Fx(shadow)
+        self._piix3 = Piix3(route)
         # key: bits 23:8 of the address register (bus, device, function)
         self._functions: dict[int, PciFunction] = {}
         self.add(0, 0, self._i440fx)
@@ -147,6 +203,10 @@ class PciHost:
         if not (0 <= slot < 32 and 0 <= function < 8) or key in self._functions:
             raise ValueError(f"PCI 00:{slot:02x}.{function} is taken or does not exist")
         self._functions[key] = device
+
+    def set_routes(self, routes: Sequence[int]) -> None:
+        """Route PIRQA# … PIRQD# to these ISA interrupts, as firmware would."""
+        self._piix3.config_write(PIRQ_ROUTE, PIRQS, int.from_bytes(bytes(routes), "little"))
 
     def reset(self) -> None:
         """Reset values of the address register and of both bridges."""
@@ -191,3 +251,5 @@ class PciHost:
         self._address = record.address
         self._i440fx.data[:] = record.i440fx
         self._piix3.data[:] = record.piix3
+        self._i440fx.apply()
+        self._piix3.apply()

@@ -11,9 +11,11 @@ from typing import Final
 from nonroot.hvm.device import IrqLine
 from nonroot.hvm.irq import InterruptRouter, WiredOr, pci_gsi
 
-__all__ = ["LINKS", "PciInterrupts", "pirq_link"]
+__all__ = ["FIRMWARE_ROUTES", "LINKS", "PciInterrupts", "pirq_link"]
 
 LINKS: Final = 4
+FIRMWARE_ROUTES: Final = (10, 10, 11, 11)
+"""The ISA interrupts that SeaBIOS gives PIRQA#..PIRQD#; without firmware the machine does the same."""
 ROUTE_OFF: Final = 0x80
 ROUTABLE: Final = frozenset({3, 4, 5, 6, 7, 9, 10, 11, 12, 14, 15})
 """ISA interrupts that a PIRQ can have; the other values are reserved."""

@@ -1,15 +1,17 @@
 """A domain's RAM: a sealed memfd, and the p2m that puts its frames where the memory map wants them."""
 
 import fcntl
+import mmap
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
 
-__all__ = ["close_files", "create_ram"]
+__all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom"]
 
 
 def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None) -> Memory:
@@ -22,18 +24,8 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: l
     memory from outside; without it, only the mappings keep the memory. OutOfMemoryError if the host has not enough.
     """
     memory = Memory()
-    size = memory_map.memory_bytes
-    fd = os.memfd_create("nonroot-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        backing = memory.add_backing(fd, size)
-        if files is not None:
-            files.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise OutOfMemoryError(f"the host cannot give {size >> 20} MiB of memory: {error.strerror}") from None
-    finally:
-        os.close(fd)
+    with _sealed_file("nonroot-ram", memory_map.memory_bytes) as fd:
+        backing = _add_backing(memory, fd, memory_map.memory_bytes, files)
     if scramble_seed is None:
         for ram in memory_map.ram():
             memory.map(ram.base // PAGE_SIZE, ram.length // PAGE_SIZE, backing, ram.offset)
@@ -41,6 +33,108 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: l
         for gfn, offset in _scrambled(memory_map, scramble_seed):
             memory.map(gfn, 1, backing, offset)
     return memory
+
+
+def create_rom(memory: Memory, image: bytes, files: list[int] | None = None) -> int:
+    """A backing with a ROM's contents (whole pages); its number. OutOfMemoryError if the host has not enough."""
+    with _sealed_file("nonroot-rom", len(image), image) as fd:
+        return _add_backing(memory, fd, len(image), files)
+
+
+@contextmanager
+def _sealed_file(name: str, size: int, contents: bytes = b"") -> Iterator[int]:
+    """A memfd of a size that nobody can change. OutOfMemoryError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        os.pwrite(fd, contents, 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        yield fd
+    except OSError as error:
+        raise OutOfMemoryError(f"the host cannot give {size >> 20} MiB of memory: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def _add_backing(memory: Memory, fd: int, size: int, files: list[int] | None) -> int:
+    backing = memory.add_backing(fd, size)
+    if files is not None:
+        files.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+    return backing
+
+
+class DirtyLog:
+    """Shares the memory's one dirty log: each board memory gets its own pages, the rest is kept for whoever asks."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._windows: dict[int, tuple[set[int], int]] = {}
+        self._rest: set[int] = set()
+
+    def watch(self, gfn: int, pages: set[int], page: int) -> None:
+        """From now on, writes to ``gfn`` add ``page`` to ``pages``."""
+        self._windows[gfn] = (pages, page)
+
+    def forget(self, gfn: int) -> None:
+        """Undo :meth:`watch`."""
+        self._windows.pop(gfn, None)
+
+    def collect(self) -> None:
+        """Take the engine's log and hand it out."""
+        for gfn in self._memory.take_dirty():
+            window = self._windows.get(gfn)
+            if window is None:
+                self._rest.add(gfn)
+            else:
+                window[0].add(window[1])
+
+    def take_rest(self) -> set[int]:
+        """Frames of ordinary memory written since the last call."""
+        self.collect()
+        rest, self._rest = self._rest, set()
+        return rest
+
+
+class BoardRam:
+    """Memory of a device; see :class:`nonroot.devices.pci_device.DeviceRam`. For the vCPU's thread, but ``view``."""
+
+    def __init__(self, memory: Memory, log: DirtyLog, name: str, size: int, files: list[int] | None = None) -> None:
+        """``size`` bytes of zeros. ValueError if that is no whole number of pages; OutOfMemoryError."""
+        if size < PAGE_SIZE or size % PAGE_SIZE:
+            raise ValueError(f"{name} of {size} bytes is no whole number of pages")
+        self.size = size
+        self._memory = memory
+        self._log = log
+        with _sealed_file(f"nonroot-{name}", size) as fd:
+            self._backing = _add_backing(memory, fd, size, files)
+            self._map = mmap.mmap(fd, size)
+        self.view = memoryview(self._map)
+        self._dirty: set[int] = set()
+
+    def show(self, address: int, offset: int, length: int, writable: bool = True) -> None:
+        """Map a part at a guest-physical address. ValueError if something is not whole pages, or outside."""
+        if (address | offset | length) % PAGE_SIZE or not 0 <= offset <= offset + length <= self.size:
+            raise ValueError(f"no part of {self.size} bytes: {length:#x} bytes from {offset:#x}")
+        gfn, count, page = address // PAGE_SIZE, length // PAGE_SIZE, offset // PAGE_SIZE
+        self._log.collect()
+        self._memory.map(gfn, count, self._backing, offset, writable)
+        for index in range(count):
+            self._log.watch(gfn + index, self._dirty, page + index)
+
+    def hide(self, address: int, length: int) -> None:
+        """Unmap."""
+        gfn, count = address // PAGE_SIZE, length // PAGE_SIZE
+        self._log.collect()
+        self._memory.unmap(gfn, count)
+        for index in range(count):
+            self._log.forget(gfn + index)
+
+    def take_dirty(self) -> set[int]:
+        """Numbers of the pages written by the guest since the last call."""
+        self._log.collect()
+        dirty = set(self._dirty)
+        self._dirty.clear()
+        return dirty
 
 
 def close_files(files: list[int]) -> None:

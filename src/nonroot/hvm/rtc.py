@@ -160,6 +160,11 @@ class Rtc:
         epoch, fraction = divmod(base_wall_ns, SECOND)
         self._load(RtcState(epoch=epoch, phase_ns=-fraction, nvram=bytes(initial)))
 
+    def preset(self, registers: Mapping[int, int]) -> None:
+        """Put bytes into the CMOS memory (register to value), as a setup program would."""
+        for register, value in registers.items():
+            self._nvram[register] = value & 0xFF
+
     def reset(self) -> None:
         """The RESET pin: interrupts are disabled and their flags cleared; the battery keeps the rest."""
         self._reg_b &= ~(B_PERIODIC | B_ALARM | B_UPDATE)
