@@ -193,7 +193,6 @@ class PciDevice(ConfigSpace):
         self.name = name
         self.connection = connection
         self.bars = tuple(bars)
-        commands = COMMAND_MASTER
         registers: dict[int, tuple[int, int]] = {
             0x00: (2, identity.vendor),
             0x02: (2, identity.device),
@@ -210,13 +209,12 @@ class PciDevice(ConfigSpace):
             bar.check()
             if bar.kind is BarKind.IO:
                 registers[bar.register] = (4, BAR_IO_BIT)
-                commands |= COMMAND_IO
                 masks.append((bar.register, 4, -bar.size & 0xFFFF_FFFC))
             else:
                 registers[bar.register] = (4, BAR_PREFETCHABLE if bar.prefetchable else 0)
-                commands |= COMMAND_MEMORY
                 masks.append((bar.register, 4, -bar.size & 0xFFFF_FFF0))
-        masks.append((COMMAND, 2, commands))
+        # Both spaces can be enabled without a BAR too: legacy ranges (VGA, IDE) are there, and firmware checks the bits.
+        masks.append((COMMAND, 2, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER))
         super().__init__(registers | dict(header or {}), [*masks, *writable])
         self._regions: tuple[Region, ...] = ()
 
