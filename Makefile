@@ -6,7 +6,7 @@
 #   make check     formats, lints, types, import rules, unused dependencies
 #   make test-all  every test but the soak ones, at most 40 minutes
 #   make soak      the long loops; can be interrupted and resumed
-#   make bench     the boot, side by side with QEMU's software CPU
+#   make bench     the boot, the cost of VM exits and work in guests, side by side with QEMU's software CPU
 #   make wheel     one abi3 wheel in dist/
 #   make clean     removes what was built here
 
@@ -74,7 +74,9 @@ soak: $(STAMPS)/dev guests
 	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench: $(STAMPS)/dev guests
-	$(PY) bench/boot.py $(BENCH)
+	$(PY) -m bench.boot $(BENCH)
+	$(PY) -m bench.exits $(BENCH)
+	$(PY) -m bench.work $(BENCH)
 
 check: $(STAMPS)/dev
 	$(VENV)/bin/ruff format --check

@@ -4,9 +4,11 @@ Both boot the same uncompressed Debian kernel through PVH with the same initramf
 one line and powers off. The two take turns, so that a machine that gets slower or faster meanwhile hurts both alike.
 Prints a table and writes JSON with every run, the ratios and the machine's description.
 
-    make bench                          five pairs
-    make bench BENCH='--pairs 9 --memory 1024'
-    make bench BENCH='--pairs 9 --publish'     also into docs/measurements and the README's table
+    python -m bench.boot                          five pairs
+    python -m bench.boot --engine interpret --pairs 9 --memory 1024
+    python -m bench.boot --pairs 9 --publish      also into docs/measurements and the README's table
+
+`make bench` runs this, bench.exits and bench.work.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from nonroot import _engine
 from nonroot.boot.bzimage import parse_bzimage
 from nonroot.boot.payload import decompress
 from nonroot.guests import Guest, fetch, initramfs, progress_bar
@@ -89,7 +91,7 @@ def timed(system: str, command: list[str], report: Path | None = None) -> Run:
 class Bench:
     """The files and commands of one benchmark."""
 
-    def __init__(self, guest: Guest, memory: int, folder: Path) -> None:
+    def __init__(self, guest: Guest, memory: int, folder: Path, engine: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         image = parse_bzimage(guest.kernel.read_bytes())
         assert image.payload is not None, "Debian's kernels have a payload"
@@ -99,13 +101,14 @@ class Bench:
         busybox = guest.kernel.parents[1] / "bin" / "busybox"
         self.initrd.write_bytes(initramfs.build(busybox.read_bytes(), INIT))
         self.memory = memory
+        self.engine = engine
         self.report = folder / "nonroot.json"
 
     def nonroot(self) -> Run:
         self.report.unlink(missing_ok=True)
         command = [sys.executable, str(Path(__file__).with_name("boot_nonroot.py"))]
         command += ["--kernel", str(self.kernel), "--initrd", str(self.initrd), "--append", APPEND]
-        command += ["--memory", f"{self.memory}M", "--report", str(self.report)]
+        command += ["--memory", f"{self.memory}M", "--report", str(self.report), "--engine", self.engine]
         return timed("nonroot", command, self.report)
 
     def qemu(self) -> Run:
@@ -130,7 +133,7 @@ def machine() -> dict[str, Any]:
         "memory_mib": int(memory[1]) // 1024 if memory else None,
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "nonroot": metadata.version("nonroot"),
+        "nonroot": _engine.VERSION,
         "commit": commit.stdout.strip() or None,
     }
 
@@ -233,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="how many runs of each (default 5)")
     parser.add_argument("--memory", type=int, default=128, help="the guest's memory in MiB (default 128)")
+    parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
     parser.add_argument("--flavour", default="cloud-amd64", help="Debian's kernel flavour")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "boot.json")
     parser.add_argument("--publish", action="store_true", help="write the README's table and docs/measurements")
@@ -245,7 +249,7 @@ def main() -> int:
         return 1
     with progress_bar() as progress:
         guest = fetch(options.flavour, progress=progress)
-    bench = Bench(guest, options.memory, options.output.parent)
+    bench = Bench(guest, options.memory, options.output.parent, options.engine)
     systems = {"nonroot": bench.nonroot, "qemu": bench.qemu}
     chosen = [options.only] if options.only else list(systems)
     runs: list[Run] = []

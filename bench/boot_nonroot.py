@@ -13,10 +13,10 @@ import nonroot
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("kernel", "initrd", "append", "memory", "report"):
+    for name in ("kernel", "initrd", "append", "memory", "report", "engine"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    domain = nonroot.Domain(options.kernel, options.initrd, options.append, options.memory, agent=False)
+    domain = nonroot.Domain(options.kernel, options.initrd, options.append, options.memory, options.engine, agent=False)
     domain.console.listener = lambda data: _write_all(data)
     with domain:
         stopped = domain.wait(300)
