@@ -32,6 +32,7 @@ from nonroot.errors import (
     DomainLostError,
     NonrootError,
     NotRunningError,
+    SoftwareMissingError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from nonroot.engines.state import VcpuState
 
 __all__ = ["Domain", "Statistics", "Stopped"]
+
+SEABIOS = "seabios"
+"""The name of the BIOS that is fetched."""
 
 DEFAULT_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -109,6 +113,11 @@ class Domain:
         scramble_seed: int | None = None,
         agent_ports: bool = True,
         off: Iterable[str] = (),
+        firmware: str | os.PathLike[str] | None = None,
+        boot: str = "cd",
+        boot_menu: bool = False,
+        serial_firmware: bool = False,
+        reboot: bool = True,
         console: bool = True,
         fetch: bool = True,
         progress: Callable[[str], None] | None = None,
@@ -130,6 +139,11 @@ class Domain:
         :param scramble_seed: put every frame of guest memory at a random place of its file; for tests.
         :param agent_ports: let the agent use its I/O ports; without them it uses the second serial port, slowly.
         :param off: names of the engine's optimisations to switch off.
+        :param firmware: start in a BIOS instead of a kernel: ``"seabios"`` (fetched), or an image's path.
+        :param boot: what the firmware boots from, in order: ``a`` floppy, ``c`` disk, ``d`` CD.
+        :param boot_menu: have the firmware offer its boot menu.
+        :param serial_firmware: have the firmware show its text on the first serial port too.
+        :param reboot: start a guest of firmware again when it resets, rather than end.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
         :param progress: called with the names of the steps of starting.
@@ -160,7 +174,12 @@ class Domain:
             scramble_seed=scramble_seed,
             agent_ports=agent_ports,
             off=list(off),
+            boot=boot,
+            boot_menu=boot_menu,
+            serial_firmware=serial_firmware,
+            reboot=reboot,
         )
+        self._firmware = None if firmware is None else os.fspath(firmware)
         self._client = DomainClient()
         self._description: dict[str, Any] = {}
         self._started = False
@@ -217,6 +236,14 @@ class Domain:
     def kill(self) -> None:
         """End the domain's process without asking it; safe from a signal handler. :meth:`destroy` tidies up."""
         self._client.kill()
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down by its power button; whether it does is its own decision."""
+        self._request("power_button")
+
+    def reset(self) -> None:
+        """Press the reset button: a guest of firmware starts again, any other ends."""
+        self._request("reset")
 
     def shutdown(self, timeout: float = 30.0) -> Stopped:
         """Ask the guest to power off, and wait for it. WaitTimeoutError if it does not; it is not destroyed then."""
@@ -483,8 +510,11 @@ class Domain:
         return self._client.send_within_credit(kind, body)
 
     def _find_guest(self) -> None:
-        """Fill in the kernel and the initramfs that the caller left to us."""
+        """Fill in the kernel and the initramfs (or the firmware) that the caller left to us."""
         options = self._options
+        if self._firmware is not None:
+            self._find_firmware(self._firmware)
+            return
         if options.kernel is not None and (options.initrd is not None or not options.agent):
             return
         from nonroot import guests
@@ -506,6 +536,21 @@ class Domain:
         if not guest.is_linux:
             options.agent = False
         check_readable(options.kernel, "kernel")
+
+    def _find_firmware(self, firmware: str) -> None:
+        """A name stands for firmware that is fetched; anything else is a file."""
+        from nonroot.guests.packages import seabios
+
+        options = self._options
+        options.agent = False
+        if firmware == SEABIOS:
+            found = seabios(progress=self._fetch_progress, allow_fetch=self._fetch)
+            options.firmware, options.vga_bios = os.fspath(found.image), os.fspath(found.vga)
+        else:
+            options.firmware = _absolute(firmware)
+            with contextlib.suppress(SoftwareMissingError):
+                found = seabios(progress=self._fetch_progress, allow_fetch=self._fetch)
+                options.vga_bios = os.fspath(found.vga)
 
     def _need(self) -> None:
         if not self._started:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from nonroot.api import Domain, Statistics, Stopped
+from nonroot.api import SEABIOS, Domain, Statistics, Stopped
 from nonroot.cli.output import OWN_FAILURE, TIMED_OUT, FetchBar, Reporter
 from nonroot.cli.signals import InterruptedBySignal, SignalRelay
 from nonroot.cli.terminal import is_terminal, pump_keys, raw_terminal, window_size, write_all
@@ -95,6 +95,11 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
     help="What executes the guest (see doctor).",
 )
 @click.option("--protocol", metavar="NAME", default="auto", help="Enter the kernel by pvh, linux64 or linux32.")
+@click.option(
+    "--firmware", metavar="NAME|FILE", help="Start in a BIOS (seabios, or an image) that boots from disk, CD or floppy."
+)
+@click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
+@click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
 @click.option("--timeout", metavar="SECONDS", type=float, help="End everything after this long; status 124.")
 @click.option(
     "-e", "--env", metavar="NAME=VALUE", multiple=True, help="Set a variable for CMD; NAME alone passes ours on."
@@ -119,6 +124,9 @@ def run(
     memory: str,
     engine: str,
     protocol: str,
+    firmware: str | None,
+    boot: str | None,
+    boot_menu: bool,
     timeout: float | None,
     env: tuple[str, ...],
     workdir: str | None,
@@ -149,6 +157,10 @@ def run(
         raise BadOptionError("--env, --workdir, --copy-in, --copy-out and --tty need a command: add -- CMD")
     if tty and as_json:
         raise BadOptionError("--tty and --json exclude each other")
+    if firmware is None and (boot is not None or boot_menu):
+        firmware = SEABIOS
+    if command and firmware is not None:
+        raise BadOptionError("a command needs a kernel that nonroot starts itself: leave out CMD, or the firmware")
     reporter = Reporter(verbose, quiet)
     options = RunOptions(
         list(command),
@@ -166,6 +178,9 @@ def run(
             "memory": memory,
             "engine": engine,
             "protocol": protocol,
+            "firmware": firmware,
+            "boot": boot or "cd",
+            "boot_menu": boot_menu,
             "flavour": flavour,
             "virtual_time": virtual_time,
             "seed": seed,
@@ -174,7 +189,7 @@ def run(
             "timeout": timeout or BOOT_TIMEOUT,
             "quiet": bool(command) and not verbose,
             # Without CMD, the user's own initramfs runs its own init.
-            "agent": bool(command) or kernel is None,
+            "agent": firmware is None and (bool(command) or kernel is None),
         },
     )
     return Session(options, reporter).run()

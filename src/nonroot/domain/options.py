@@ -74,6 +74,18 @@ class DomainOptions:
     """The engine's optimisations to switch off."""
     protocol: str = "auto"
     """How the kernel is entered: auto, pvh, linux64 or linux32."""
+    firmware: str | None = None
+    """A BIOS image to start in, instead of a kernel."""
+    vga_bios: str | None = None
+    """The VGA adapter's BIOS, for the firmware."""
+    boot: str = "cd"
+    """What the firmware boots from, in order: a floppy, c disk, d CD."""
+    boot_menu: bool = False
+    """Let the firmware offer its boot menu."""
+    serial_firmware: bool = False
+    """Have the firmware show its text on the first serial port too."""
+    reboot: bool = True
+    """Whether a reset starts a guest of firmware again; other guests end with it."""
 
     def check(self) -> None:
         """BadOptionError or BadFileError, one sentence, for what could not work."""
@@ -95,6 +107,8 @@ class DomainOptions:
         select.choose(self.engine)
         if self.protocol not in ("auto", "pvh", "linux64", "linux32"):
             raise BadOptionError(f"there is no boot protocol {self.protocol!r}; there are: auto, pvh, linux64, linux32")
+        if self.firmware is not None:
+            self._check_firmware()
         if self.initrd is not None and self.kernel is None:
             raise BadOptionError("an initrd needs its kernel: give both")
         if "\0" in self.append or "\n" in self.append:
@@ -104,9 +118,25 @@ class DomainOptions:
         for seed in (self.seed, self.scramble_seed or 0):
             if not 0 <= seed < 1 << 64:
                 raise BadOptionError("a seed must be a number from 0 to 2^64 - 1")
-        for path, what in ((self.kernel, "kernel"), (self.initrd, "initrd")):
+        files = (
+            (self.kernel, "kernel"),
+            (self.initrd, "initrd"),
+            (self.firmware, "firmware"),
+            (self.vga_bios, "VGA BIOS"),
+        )
+        for path, what in files:
             if path is not None:
                 check_readable(path, what)
+
+    def _check_firmware(self) -> None:
+        if self.kernel is not None or self.initrd is not None:
+            raise BadOptionError("a guest starts in firmware or in a kernel, not in both")
+        if self.agent:
+            raise BadOptionError("commands can be run only in a kernel that nonroot starts itself, not from a disk")
+        if not self.boot or set(self.boot) - set("acd") or len(set(self.boot)) != len(self.boot):
+            raise BadOptionError(
+                f"{self.boot!r} is no boot order: use the letters a (floppy), c (disk) and d (CD), each once"
+            )
 
     def to_wire(self) -> dict[str, Any]:
         """As the ``create`` request carries it."""

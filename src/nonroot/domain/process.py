@@ -358,6 +358,16 @@ class DomainProcess:
             raise BadOptionError(f"{address!r} is no guest-physical address")
         self._ask(connection, request, lambda: runner.write_memory(address, blob))
 
+    def _do_power_button(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        self._need().press_power_button()
+        return {}
+
+    def _do_reset(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        self._need().reset()
+        return {}
+
     def _do_power_off(
         self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
     ) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nonroot.domain import pc
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.options import DomainOptions
@@ -65,8 +66,9 @@ class Runner:
         self._options = options
         self._choice = select.choose(options.engine)
         engine = select.create(self._choice.engine)
-        progress("loading the kernel")
-        kernel = _read(options.kernel or "", "kernel")
+        firmware = pc.firmware(options)
+        progress("loading the kernel" if firmware is None else "loading the firmware")
+        kernel = b"" if firmware is not None else _read(options.kernel or "", "kernel")
         initrd = None if options.initrd is None else _read(options.initrd, "initrd")
         if options.agent:
             initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
@@ -74,6 +76,9 @@ class Runner:
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
+            firmware=firmware,
+            attach=pc.attachments(options),
+            reboot=options.reboot and firmware is not None,
             cmdline=self._command_line,
             initrd=initrd,
             protocol=options.protocol,
@@ -138,6 +143,14 @@ class Runner:
             self._calls.append((question, answer))
             self._changed.notify_all()
         self._machine.post(self._serve)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down, as its power button does."""
+        self._machine.press_power_button()
+
+    def reset(self) -> None:
+        """Press the reset button."""
+        self._machine.post(self._machine.request_reset)
 
     def pause(self, answer: Answer) -> None:
         """Stop the guest and its time; ``answer`` is called when it stands."""
