@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.errors", "nonroot._engine", "nonroot.spec"),
     ("nonroot.engines",),
     ("nonroot.hvm", "nonroot.devices", "nonroot.boot"),
-    ("nonroot.guests",),
+    ("nonroot.guests", "nonroot.backends"),
     ("nonroot.domain",),
     ("nonroot.api",),
     ("nonroot.testing", "nonroot.cli"),

@@ -1,0 +1,119 @@
+"""A throw-away copy-on-write layer: reads come from an image below until a place is written; that goes to a file
+without a name, which is gone with its last user.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from nonroot.backends.image import Image
+from nonroot.errors import BadFileError
+
+__all__ = ["OverlayImage", "scratch_folder"]
+
+CLUSTER: Final = 4096
+"""Bytes that are copied up together."""
+REGION: Final = 1 << 15
+"""Clusters whose presence one bitmap holds (128 MiB); regions without a write have none."""
+
+
+def scratch_folder() -> str:
+    """Where throw-away layers lie: ``$TMPDIR``, else /var/tmp (on a disk, as a rule), else the temporary folder."""
+    if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK | os.X_OK):
+        return "/var/tmp"
+    return tempfile.gettempdir()
+
+
+class OverlayImage:
+    """``base`` with changes that nobody will see again."""
+
+    def __init__(self, base: Image, folder: str | None = None) -> None:
+        """``folder``: where the layer's file lies. BadFileError if none can be made there."""
+        self._base = base
+        self.size = base.size
+        place = folder or scratch_folder()
+        try:
+            self._file = tempfile.TemporaryFile(dir=place, prefix="nonroot-overlay-")  # noqa: SIM115
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise BadFileError(f"an overlay cannot be made in {Path(place)}: {reason}; set TMPDIR") from None
+        self._fd = self._file.fileno()
+        self._present: dict[int, bytearray] = {}
+
+    @property
+    def read_only(self) -> bool:
+        """Never."""
+        return False
+
+    def _has(self, cluster: int) -> bool:
+        bitmap = self._present.get(cluster // REGION)
+        place = cluster % REGION
+        return bitmap is not None and bool(bitmap[place >> 3] >> (place & 7) & 1)
+
+    def _mark(self, first: int, last: int) -> None:
+        for cluster in range(first, last + 1):
+            bitmap = self._present.setdefault(cluster // REGION, bytearray(REGION // 8))
+            place = cluster % REGION
+            bitmap[place >> 3] |= 1 << (place & 7)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """From the layer where it has been written, from below elsewhere."""
+        parts: list[bytes] = []
+        done = 0
+        while done < length:
+            at = offset + done
+            here = self._has(at // CLUSTER)
+            end = at - at % CLUSTER + CLUSTER
+            while end < offset + length and self._has(end // CLUSTER) == here:
+                end += CLUSTER
+            want = min(end, offset + length) - at
+            try:
+                part = self._read_layer(at, want) if here else self._base.read(at, want)
+            except OSError:
+                if not parts:
+                    raise
+                break
+            parts.append(part)
+            done += len(part)
+            if len(part) < want:
+                break
+        return b"".join(parts)
+
+    def _read_layer(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:
+            part = os.pread(self._fd, length - len(data), offset + len(data))
+            if not part:
+                break  # the file ends in the middle of the last cluster
+            data += part
+        return data.ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Into the layer; the rest of a cluster is copied up first. A failure leaves what was there before."""
+        first, last = offset // CLUSTER, (offset + len(data) - 1) // CLUSTER
+        head, tail = first * CLUSTER, min((last + 1) * CLUSTER, self.size)
+        before = b"" if offset == head or self._has(first) else self._below(head, offset - head)
+        end = offset + len(data)
+        after = b"" if end == tail or self._has(last) else self._below(end, tail - end)
+        view = memoryview(before + data + after if before or after else data)
+        at = offset - len(before)
+        while view:
+            count = os.pwrite(self._fd, view, at)
+            at += count
+            view = view[count:]
+        self._mark(first, last)
+
+    def _below(self, offset: int, length: int) -> bytes:
+        data = self._base.read(offset, length)
+        if len(data) < length:
+            data += self._base.read(offset + len(data), length - len(data))  # raises what stands in the way
+        return data
+
+    def flush(self) -> None:
+        """Nothing: nobody will read the layer after a crash."""
+
+    def close(self) -> None:
+        """The layer is gone; the image below is closed."""
+        self._file.close()
+        self._base.close()

@@ -1,0 +1,112 @@
+"""Raw images: a regular file or a block device of the host, byte for byte."""
+
+import errno
+import os
+import stat
+
+from nonroot.backends.image import whole_sectors
+from nonroot.backends.lock import lock_image
+from nonroot.errors import BadFileError
+
+__all__ = ["RawImage", "open_file"]
+
+
+def open_file(path: str, read_only: bool, what: str) -> int:
+    """A descriptor of an image. BadFileError, one sentence, for what is no readable (and writable) file."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hang us
+    try:
+        fd = os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR))
+    except OSError as error:
+        raise BadFileError(f"the {what} {path} {_reason(error, read_only)}") from None
+    except ValueError:
+        raise BadFileError(f"the {what}'s path {path!r} is no path") from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+        raise BadFileError(f"the {what} {path} is {kind}")
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _reason(error: OSError, read_only: bool) -> str:
+    if error.errno == errno.EISDIR:
+        return "is a directory"
+    if error.errno == errno.ENOENT:
+        return "does not exist"
+    reason = (error.strerror or str(error)).lower()
+    if not read_only and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot be written ({reason}); add ,ro to use it read-only, or ,overlay to throw the changes away"
+    return f"cannot be opened: {reason}"
+
+
+class RawImage:
+    """A file as it is. What was never written stays a hole; reading beyond a truncation is an error, not zeros."""
+
+    def __init__(self, path: str, read_only: bool = False, what: str = "disk image") -> None:
+        """Open and lock. BadFileError if that cannot be, or if the file is empty."""
+        self.path = path
+        self._read_only = read_only
+        self._fd = open_file(path, read_only, what)
+        try:
+            self._end = os.lseek(self._fd, 0, os.SEEK_END)
+            if self._end == 0:
+                raise BadFileError(f"the {what} {path} is empty")
+            lock_image(self._fd, path, write=not read_only, what=what)
+        except BaseException:
+            self.close()
+            raise
+        self._size = whole_sectors(self._end)
+
+    @property
+    def size(self) -> int:
+        """Bytes, whole sectors."""
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened for reading only."""
+        return self._read_only
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes; zeros behind the end of the file, in its last sector."""
+        parts: list[bytes] = []
+        done = 0
+        stop = min(offset + length, self._end)
+        while offset + done < stop:
+            try:
+                part = os.pread(self._fd, stop - offset - done, offset + done)
+                if not part:
+                    raise OSError(errno.EIO, "the image has become shorter")
+            except OSError:
+                if not parts:
+                    raise
+                return b"".join(parts)
+            parts.append(part)
+            done += len(part)
+        return (b"".join(parts) if len(parts) != 1 else parts[0]).ljust(length, b"\0")
+
+    def write(self, offset: int, data: bytes) -> None:
+        """All of ``data``; a file that ended in the middle of its last sector may become longer, up to its end."""
+        if self._read_only:
+            raise OSError(errno.EROFS, "the image is read-only")
+        view = memoryview(data)
+        at = offset
+        while view:
+            count = os.pwrite(self._fd, view, at)
+            if count == 0:
+                raise OSError(errno.EIO, "nothing could be written")
+            at += count
+            view = view[count:]
+        self._end = max(self._end, at)
+
+    def flush(self) -> None:
+        """fdatasync."""
+        if not self._read_only:
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; the lock goes with it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
