@@ -9,13 +9,14 @@ from nonroot.boot.entry import EntryState
 from nonroot.boot.errors import BootError
 from nonroot.boot.layout import Buffer, Layout, encode_cmdline
 from nonroot.boot.linux import plan_linux32, plan_linux64
+from nonroot.boot.multiboot import find_header, plan_multiboot
 from nonroot.boot.payload import MAX_KERNEL, UnsupportedPayload, compression_of, decompress
 from nonroot.boot.pvh import plan_pvh
 from nonroot.hvm.memory_map import MemoryMap
 
 __all__ = ["PROTOCOLS", "BootPlan", "plan_boot"]
 
-PROTOCOLS: Final = ("auto", "pvh", "linux64", "linux32")
+PROTOCOLS: Final = ("auto", "pvh", "linux64", "linux32", "multiboot")
 
 ELF_CMDLINE_MAX: Final = 2047
 """Linux' COMMAND_LINE_SIZE on x86; a bzImage says it itself."""
@@ -28,7 +29,7 @@ class BootPlan:
     """What to write where, and how to enter."""
 
     protocol: str
-    """``pvh``, ``linux64`` or ``linux32``."""
+    """``pvh``, ``linux64``, ``linux32`` or ``multiboot``."""
     reason: str
     """Why this protocol, in one sentence."""
     pieces: tuple[tuple[int, Buffer], ...]
@@ -55,14 +56,35 @@ def plan_boot(
         raise BootError(f"there is no boot protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     if not kernel:
         raise BootError("the kernel is empty")
+    if protocol in ("auto", "multiboot") and compression_of(kernel) is not None:
+        kernel = _decompress(kernel, max_kernel)
+    if protocol == "multiboot":
+        return _multiboot(kernel, memory, cmdline, initrd, "it was asked for")
     if is_elf(kernel):
         return _plan_elf(kernel, memory, cmdline, initrd, rsdp, protocol)
     if is_bzimage(kernel):
         image = parse_bzimage(kernel)
         return _plan_bzimage(image, memory, cmdline, initrd, rsdp, protocol, max_kernel)
+    if protocol == "auto" and find_header(kernel) is not None:
+        return _multiboot(kernel, memory, cmdline, initrd, "the kernel has a Multiboot header")
     if compression_of(kernel) is not None:
         raise BootError("the kernel is a compressed file; decompress it first")
-    raise BootError("the kernel is neither a bzImage nor an ELF file")
+    raise BootError("the kernel is neither a bzImage nor an ELF file, and has no Multiboot header")
+
+
+def _decompress(kernel: bytes, limit: int) -> bytes:
+    """A whole file that was compressed; as it is where that fails, for a message about what it is."""
+    try:
+        return decompress(memoryview(kernel), limit)
+    except BootError:
+        return kernel
+
+
+def _multiboot(kernel: bytes, memory: MemoryMap, cmdline: str, initrd: Buffer | None, reason: str) -> BootPlan:
+    layout = Layout(memory)
+    encoded = encode_cmdline(cmdline, ELF_CMDLINE_MAX)
+    entry = plan_multiboot(layout, kernel, encoded, initrd, INITRD_MAX[64])
+    return BootPlan("multiboot", reason, tuple(layout.pieces), entry)
 
 
 def _plan_elf(
@@ -72,6 +94,8 @@ def _plan_elf(
         raise BootError(f"the kernel is an ELF file, which cannot be booted by {protocol}; give its bzImage")
     elf = parse_elf(kernel)
     if elf.pvh_entry is None:
+        if protocol == "auto" and find_header(kernel) is not None:
+            return _multiboot(kernel, memory, cmdline, initrd, "the ELF image has a Multiboot header")
         raise BootError("the kernel is an ELF file without a PVH entry; give its bzImage")
     return _pvh(
         elf, memory, encode_cmdline(cmdline, ELF_CMDLINE_MAX), initrd, rsdp, None, "the ELF image has a PVH entry"
