@@ -40,7 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.hvm", "nonroot.devices", "nonroot.boot"),
     ("nonroot.guests", "nonroot.backends"),
     ("nonroot.domain",),
-    ("nonroot.api",),
+    ("nonroot.display",),
+    ("nonroot.api", "nonroot.running"),
     ("nonroot.testing", "nonroot.cli"),
 )
 

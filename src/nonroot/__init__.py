@@ -41,9 +41,13 @@ if TYPE_CHECKING:
     from nonroot.errors import UnsupportedError as UnsupportedError
     from nonroot.errors import UsageError as UsageError
     from nonroot.errors import WaitTimeoutError as WaitTimeoutError
+    from nonroot.running import RunningDomain as RunningDomain
+    from nonroot.running import connect as connect
+    from nonroot.running import running as running
 
 _HOMES = {
     "nonroot.api": ("Domain", "Statistics", "Stopped"),
+    "nonroot.running": ("RunningDomain", "connect", "running"),
     "nonroot.domain.command": ("Command", "Completed"),
     "nonroot.domain.expect": ("Console",),
     "nonroot.domain.memory": ("Memory",),
@@ -81,10 +85,13 @@ __all__ = [
     "Console",
     "Domain",
     "Memory",
+    "RunningDomain",
     "Statistics",
     "Stopped",
     "__version__",
+    "connect",
     "parse_size",
+    "running",
 ]
 __all__ += _HOMES["nonroot.errors"]
 

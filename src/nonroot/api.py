@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from nonroot.display.screen import HasScreen
 from nonroot.domain.client import DomainClient, check_version
 from nonroot.domain.command import Command, Completed, Input
 from nonroot.domain.expect import Console
@@ -33,6 +34,7 @@ from nonroot.errors import (
     NonrootError,
     NotRunningError,
     SoftwareMissingError,
+    TransientError,
     UnsupportedError,
     WaitTimeoutError,
 )
@@ -88,7 +90,7 @@ class Statistics:
     """The engine's own counters."""
 
 
-class Domain:
+class Domain(HasScreen):
     """A guest in a process of its own. Use it as a context manager, or :meth:`start` and :meth:`destroy` it.
 
     Without a kernel it boots Debian's cloud kernel with a busybox userland, fetched at the first use (see
@@ -118,6 +120,8 @@ class Domain:
         boot_menu: bool = False,
         serial_firmware: bool = False,
         reboot: bool = True,
+        display: bool = False,
+        name: str | None = None,
         console: bool = True,
         fetch: bool = True,
         progress: Callable[[str], None] | None = None,
@@ -144,6 +148,8 @@ class Domain:
         :param boot_menu: have the firmware offer its boot menu.
         :param serial_firmware: have the firmware show its text on the first serial port too.
         :param reboot: start a guest of firmware again when it resets, rather than end.
+        :param display: have a screen, keyboard and mouse also without firmware, which has them always.
+        :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
         :param progress: called with the names of the steps of starting.
@@ -178,7 +184,9 @@ class Domain:
             boot_menu=boot_menu,
             serial_firmware=serial_firmware,
             reboot=reboot,
+            display=display,
         )
+        self._name = name
         self._firmware = None if firmware is None else os.fspath(firmware)
         self._client = DomainClient()
         self._description: dict[str, Any] = {}
@@ -210,6 +218,7 @@ class Domain:
             client.spawn()
             check_version(client.request("hello", 60))
             self._description = client.request("create", 300, **options.to_wire())
+            self._register()
             if self._want_console:
                 client.request("attach_console", 60)
             self._start_time = time.monotonic()
@@ -230,6 +239,7 @@ class Domain:
     def destroy(self) -> None:
         """End the domain at once. Safe to call again."""
         self._client.close()
+        self._close_screen()
         self.memory.close()
         self.console.end(DomainLostError("the domain has been destroyed"))
 
@@ -295,7 +305,22 @@ class Domain:
             ) from None
         return self._ready
 
+    def _register(self) -> None:
+        """Be found by name; a domain without one does without the registry where there is no place for it."""
+        facts = {"kernel": self._options.kernel, "firmware": self._options.firmware, "memory": self._options.memory}
+        facts |= {"engine": self._description.get("engine"), "display": self._options.has_display}
+        try:
+            self._name = str(self._client.request("register", 60, name=self._name, facts=facts)["name"])
+        except TransientError:
+            if self._name is not None:
+                raise
+
     # ── what it is ──
+
+    @property
+    def name(self) -> str | None:
+        """Its name in the list of running domains; None if there is no place for such a list."""
+        return self._name
 
     @property
     def engine(self) -> str:

@@ -26,6 +26,7 @@ AGENT = os.environ.get("NONROOT_TEST_AGENT", "")
 class NativeRunner:
     def __init__(self, options: DomainOptions, progress: Callable[[str], None]) -> None:
         self.mailbox = Mailbox()
+        self.seat = None
         self.options = options
         self._console = bytearray()
         self._process: subprocess.Popen[bytes] | None = None

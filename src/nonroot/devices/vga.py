@@ -123,7 +123,7 @@ class Vga(PciDevice):
             Bar(2, BarKind.MEMORY, MMIO_SIZE, MMIO),
         )
         super().__init__("vga", PciIdentity(0x1234, 0x1111, 0x03_00_00, revision=2), bars, connection)
-        self._ram = ram
+        self.ram = ram
         self._clock = clock
         self._events = events
         self.changes = 0

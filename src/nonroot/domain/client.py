@@ -99,6 +99,18 @@ class DomainClient:
             self.close()
             raise TransientError(f"the domain's process cannot be started: {failure[0].strerror or failure[0]}")
 
+    def connect(self, path: str | os.PathLike[str]) -> None:
+        """Connect to a running domain's socket, instead of starting one. DomainLostError if nobody answers there."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError as error:
+            sock.close()
+            raise DomainLostError(f"the domain does not answer: {(error.strerror or str(error)).lower()}") from None
+        self._socket = sock
+        self._thread = threading.Thread(target=self._read_only, name="nonroot-client", daemon=True)
+        self._thread.start()
+
     def close(self) -> None:
         """End the domain, at once if it does not end by itself, and forget it. Safe to call again."""
         if self._closing:
@@ -198,6 +210,9 @@ class DomainClient:
         finally:
             theirs.close()
         started.set()
+        self._read_only()
+
+    def _read_only(self) -> None:
         try:
             reason = self._receive()
         except Exception as unexpected:  # a defect here must not leave callers waiting for ever

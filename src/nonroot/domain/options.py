@@ -11,6 +11,7 @@ from nonroot.errors import BadFileError, BadOptionError
 
 __all__ = ["MAX_MEMORY", "MIN_MEMORY", "DomainOptions", "host_memory", "parse_size", "readable_size"]
 
+PROTOCOLS = ("auto", "pvh", "linux64", "linux32", "multiboot")
 MIN_MEMORY = 4 << 20
 MAX_MEMORY = 512 << 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
@@ -87,6 +88,9 @@ class DomainOptions:
     reboot: bool = True
     """Whether a reset starts a guest of firmware again; other guests end with it."""
 
+    display: bool = False
+    """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
+
     def check(self) -> None:
         """BadOptionError or BadFileError, one sentence, for what could not work."""
         if self.memory < MIN_MEMORY:
@@ -105,8 +109,8 @@ class DomainOptions:
         if self.memory % 4096:
             raise BadOptionError(f"{self.memory} bytes of memory are no whole number of 4 KiB pages")
         select.choose(self.engine)
-        if self.protocol not in ("auto", "pvh", "linux64", "linux32"):
-            raise BadOptionError(f"there is no boot protocol {self.protocol!r}; there are: auto, pvh, linux64, linux32")
+        if self.protocol not in PROTOCOLS:
+            raise BadOptionError(f"there is no boot protocol {self.protocol!r}; there are: {', '.join(PROTOCOLS)}")
         if self.firmware is not None:
             self._check_firmware()
         if self.initrd is not None and self.kernel is None:
@@ -137,6 +141,11 @@ class DomainOptions:
             raise BadOptionError(
                 f"{self.boot!r} is no boot order: use the letters a (floppy), c (disk) and d (CD), each once"
             )
+
+    @property
+    def has_display(self) -> bool:
+        """Whether there is a screen."""
+        return self.display or self.firmware is not None
 
     def to_wire(self) -> dict[str, Any]:
         """As the ``create`` request carries it."""

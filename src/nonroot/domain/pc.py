@@ -30,11 +30,14 @@ def firmware(options: DomainOptions) -> Firmware | None:
 def attachments(options: DomainOptions) -> list[Attach]:
     """What puts this domain's devices onto the board, in order."""
     attach: list[Attach] = []
-    if options.firmware is not None:
+    if options.has_display:
         from nonroot.devices.display import attach_display
+
+        attach.append(attach_display)
+    if options.firmware is not None:
         from nonroot.devices.i6300esb import attach_watchdog
 
-        attach += [attach_display, attach_watchdog]
+        attach.append(attach_watchdog)
     return attach
 
 

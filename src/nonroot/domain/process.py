@@ -16,8 +16,10 @@ from typing import Any
 
 from nonroot.domain.agent import AgentSession
 from nonroot.domain.console import ConsoleLog, PanicWatch
+from nonroot.domain.display import DisplayService
 from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
+from nonroot.domain.requests import DisplayRequests
 from nonroot.domain.runner import Runner, Stop
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
 from nonroot.errors import (
@@ -138,7 +140,7 @@ class Connection:
                 self._process.gone(self)
 
 
-class DomainProcess:
+class DomainProcess(DisplayRequests):
     """The server side of the control protocol."""
 
     def __init__(
@@ -147,6 +149,7 @@ class DomainProcess:
         listener: socket.socket | None = None,
         make_runner: Callable[[DomainOptions, Callable[[str], None]], Runner] = Runner,
     ) -> None:
+        super().__init__()
         self._make_runner = make_runner
         self._selector = selectors.DefaultSelector()
         self._connections: list[Connection] = []
@@ -169,11 +172,16 @@ class DomainProcess:
         if control is not None:
             self._accept(control, primary=True)
         if listener is not None:
-            listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ, self._listening)
+            self._listen(listener)
 
     def run(self) -> None:
         """Serve until the domain is destroyed, or its client goes and nobody asked to keep it."""
+        try:
+            self._serve()
+        finally:
+            self._close_display()
+
+    def _serve(self) -> None:
         while not self._ending:
             for key, events in self._selector.select(self._timeout()):
                 key.data(events)
@@ -184,10 +192,14 @@ class DomainProcess:
             if self._panic_due is not None and time.monotonic() >= self._panic_due:
                 self._panic_due = None
                 self._give_up_on_panic()
+            display = self._display
+            if display is not None and display.due is not None and time.monotonic() >= display.due:
+                display.look()
             self._continue()
 
     def _timeout(self) -> float | None:
-        dues = [due for due in (self._console_due, self._panic_due) if due is not None]
+        look_due = None if self._display is None else self._display.due
+        dues = [due for due in (self._console_due, self._panic_due, look_due) if due is not None]
         timeout = max(0.0, min(dues) - time.monotonic()) if dues else None
         if self._runner is not None and self._runner.needs_polling:
             timeout = 0.01 if timeout is None else min(timeout, 0.01)
@@ -199,10 +211,16 @@ class DomainProcess:
 
     # ── connections ──
 
-    def _accept(self, sock: socket.socket, primary: bool) -> None:
+    def _accept(self, sock: socket.socket, primary: bool) -> Connection:
         connection = Connection(self, sock, primary)
         self._connections.append(connection)
         self._selector.register(sock, selectors.EVENT_READ, connection.ready)
+        return connection
+
+    def _listen(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ, self._listening)
 
     def _listening(self, events: int) -> None:
         assert self._listener is not None
@@ -225,6 +243,9 @@ class DomainProcess:
         self._stop_waiters = [(c, r) for c, r in self._stop_waiters if c is not connection]
         if self._session is not None:
             self._session.forget(connection)
+        if self._display is not None:
+            self._display.forget(connection)
+        self._viewers.forget(connection)
         if connection.primary and not self._detached:
             self._ending = True
 
@@ -271,6 +292,7 @@ class DomainProcess:
         runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
         self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())
         self._options, self._runner = options, runner
+        self._display = DisplayService(runner.seat, runner.call)
         if options.agent:
             self._session = AgentSession(runner, eager=options.virtual_time)
         description: dict[str, Any] = runner.describe()
@@ -438,6 +460,9 @@ class DomainProcess:
             elif kind == "answer":
                 callback, result = content
                 callback(result)
+            elif kind == "wake":
+                if self._display is not None:
+                    self._display.woken()
             elif kind == "stopped":
                 self._has_stopped(content)
 

@@ -19,11 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nonroot.devices.display import Console as Seated
+from nonroot.devices.ps2 import Ps2Controller
+from nonroot.devices.vga import Vga
 from nonroot.domain import pc
+from nonroot.domain.display import Seat
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
+from nonroot.hvm.ram import BoardRam
 
 __all__ = ["Runner", "Stop"]
 
@@ -94,6 +99,8 @@ class Runner:
             self._machine = Machine(config, engine, outputs)
         except MemorySizeError as error:
             raise BadOptionError(str(error)) from None
+        self.seat = self._find_seat()
+        """The screen and the keyboard; None if there is none."""
         self._eager = options.virtual_time
         self._pieces = 0  # that the agent has sent
         self._released = 0  # that the loop has acted on
@@ -107,6 +114,19 @@ class Runner:
         self._began = time.monotonic()
         self._ended: float | None = None
         self._thread: threading.Thread | None = None
+
+    def _find_seat(self) -> Seat | None:
+        machine = self._machine
+        devices = machine.board.devices
+        vga = next((device for device in devices if isinstance(device, Vga)), None)
+        ps2 = next((device for device in devices if isinstance(device, Ps2Controller)), None)
+        if vga is None or ps2 is None or not isinstance(vga.ram, BoardRam):
+            return None
+
+        def watch_wake() -> None:
+            machine.on_wake = lambda: self.mailbox.post("wake")
+
+        return Seat(Seated(vga, ps2), machine.memory_files[vga.ram.file], machine.vcpu.retired, watch_wake)
 
     # ── for the process's loop ──
 

@@ -159,6 +159,8 @@ class Machine:
         self._stop_requested = False
         self._paused = 0
         self._pause = Condition()
+        self.on_wake: Callable[[], object] | None = None
+        """Called once, when the halted guest goes on; set and called in the vCPU's thread."""
         self._deadline: int | None = None
         self._wire(config, outputs)
         self._power_on_state = self.vcpu.state()
@@ -404,6 +406,9 @@ class Machine:
             if self.clock.dirty:
                 self._plan_deadline()
             if vcpu.wait(self._deadline):
+                if self.on_wake is not None:
+                    wake, self.on_wake = self.on_wake, None
+                    wake()
                 return
             self._advance()
             if self._posted or self._paused or self.outcome is not None:

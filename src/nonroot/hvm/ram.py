@@ -103,6 +103,8 @@ class BoardRam:
         if size < PAGE_SIZE or size % PAGE_SIZE:
             raise ValueError(f"{name} of {size} bytes is no whole number of pages")
         self.size = size
+        self.file = len(files) if files is not None else -1
+        """Which of ``files`` is this memory's."""
         self._memory = memory
         self._log = log
         with _sealed_file(f"nonroot-{name}", size) as fd:

@@ -1,0 +1,212 @@
+"""The user's running domains, by name: a folder of sockets that only this user can enter.
+
+A domain ``NAME`` has two files there: ``NAME.json`` says what it is, and is locked by its holder for as long as it
+runs; ``NAME.sock`` is where it listens, speaking the control protocol. An entry whose lock is free is stale, and is
+removed by whoever notices. The holder is the domain's process; another one (a dom0) may hold entries for domains of its
+own, as long as the socket speaks the protocol.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nonroot.errors import BadOptionError, NotRunningError, TransientError
+
+__all__ = ["Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+_LONGEST = 100
+"""Bytes of a socket's path; the kernel takes 107."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One running domain."""
+
+    name: str
+    socket: Path
+    pid: int
+    """Of the process that holds the entry."""
+    started: float
+    """Seconds since 1970."""
+    facts: dict[str, Any]
+    """What it says of itself: ``kernel``, ``memory``, ``engine``, ``display``."""
+
+
+def check_name(name: str) -> str:
+    """``name``, if a domain can have it. BadOptionError."""
+    if not _NAME.fullmatch(name):
+        raise BadOptionError(
+            f"{name[:60]!r} is no name for a domain: use up to 40 letters and digits, and '.', '_', '-' inside"
+        )
+    return name
+
+
+def runtime_dir() -> Path:
+    """``$XDG_RUNTIME_DIR/nonroot``; where that is not possible, a folder of the user's own under the temporary folder.
+
+    TransientError if neither can be made, or is not the user's alone.
+    """
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    candidates = [Path(given) / "nonroot"] if given.startswith("/") else []
+    candidates.append(Path(tempfile.gettempdir()) / f"nonroot-run-{os.getuid()}")
+    for folder in candidates:
+        if len(os.fsencode(folder)) + 46 > _LONGEST:
+            continue
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            facts = folder.lstat()
+            if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid():
+                if facts.st_mode & 0o077:
+                    folder.chmod(0o700)
+                return folder
+    tried = " and ".join(str(folder) for folder in candidates)
+    raise TransientError(f"there is no private folder for running domains: tried {tried}")
+
+
+class Registration:
+    """An entry of this process; :meth:`close` removes it. The kernel frees the lock if the process dies."""
+
+    def __init__(self, name: str | None, **facts: Any) -> None:
+        """Take ``name``, or a free one. BadOptionError if it is taken; TransientError if there is no place."""
+        folder = runtime_dir()
+        if name is not None:
+            found = _take(folder, check_name(name))
+            if found is None:
+                raise BadOptionError(f"a domain named {name!r} is running already")
+            self.name, self._fd = name, found
+        else:
+            self.name, self._fd = self._any(folder)
+        self.socket_path = folder / f"{self.name}.sock"
+        self.socket_path.unlink(missing_ok=True)
+        self._path = folder / f"{self.name}.json"
+        self.describe(**facts)
+
+    @staticmethod
+    def _any(folder: Path) -> tuple[str, int]:
+        for number in range(1, 10_000):
+            name = f"domain-{number}"
+            fd = _take(folder, name)
+            if fd is not None:
+                return name, fd
+        raise TransientError("there are too many domains")
+
+    def listen(self) -> socket.socket:
+        """A listening socket that only this user can reach."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o077)
+        try:
+            listener.bind(os.fspath(self.socket_path))
+        finally:
+            os.umask(mask)
+        listener.listen(8)
+        return listener
+
+    def describe(self, **facts: Any) -> None:
+        """Replace what the entry says."""
+        record = {"name": self.name, "pid": os.getpid(), "started": time.time(), "facts": facts}
+        data = json.dumps(record).encode()
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, data, 0)
+
+    def close(self) -> None:
+        """Remove the entry. Safe to call again."""
+        if self._fd >= 0:
+            self.socket_path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _take(folder: Path, name: str) -> int | None:
+    """The locked file of an entry; None if somebody has it."""
+    path = folder / f"{name}.json"
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        # Somebody may have removed the file between our opening and locking it.
+        try:
+            if path.lstat().st_ino == os.fstat(fd).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def entries() -> list[Entry]:
+    """All running domains, by name; stale entries are removed on the way."""
+    try:
+        folder = runtime_dir()
+        files = sorted(folder.glob("*.json"))
+    except (TransientError, OSError):
+        return []
+    found = []
+    for path in files:
+        entry = _read(path)
+        if entry is not None:
+            found.append(entry)
+    return found
+
+
+def find(name: str) -> Entry:
+    """The running domain of that name. NotRunningError if there is none."""
+    check_name(name)
+    with contextlib.suppress(TransientError):
+        entry = _read(runtime_dir() / f"{name}.json")
+        if entry is not None:
+            return entry
+    names = [entry.name for entry in entries()]
+    hint = f"there are: {', '.join(names[:8])}" if names else "none is running"
+    raise NotRunningError(f"there is no running domain {name!r}; {hint}")
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _parse(path, os.pread(fd, 1 << 16, 0))
+        # Nobody holds it. With the lock ours, nobody can take the name while its files go.
+        if os.fstat(fd).st_size and path.lstat().st_ino == os.fstat(fd).st_ino:
+            path.with_suffix(".sock").unlink(missing_ok=True)
+            path.with_suffix(".vnc").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        return None
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _parse(path: Path, data: bytes) -> Entry | None:
+    try:
+        record = json.loads(data)
+        return Entry(
+            str(record["name"]),
+            path.with_suffix(".sock"),
+            int(record["pid"]),
+            float(record["started"]),
+            dict(record["facts"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None  # it is being written

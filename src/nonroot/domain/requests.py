@@ -1,0 +1,90 @@
+"""The control requests about screens, keyboards, VNC and the registry; :class:`DomainProcess` has the others."""
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from nonroot.domain.display import DisplayService
+from nonroot.domain.registry import Registration, runtime_dir
+from nonroot.domain.viewers import Viewers
+from nonroot.errors import BadOptionError, NotRunningError
+
+if TYPE_CHECKING:
+    from nonroot.domain.process import Connection
+
+__all__ = ["DisplayRequests"]
+
+
+class DisplayRequests:
+    """A part of :class:`nonroot.domain.process.DomainProcess`."""
+
+    _display: DisplayService | None = None
+    _registration: Registration | None = None
+
+    def __init__(self) -> None:
+        self._viewers = Viewers(
+            lambda sock: self._accept(sock, primary=False),
+            lambda: runtime_dir() / f"{self._registration.name if self._registration else os.getpid()}.vnc",
+            lambda: self._registration.name if self._registration else "nonroot",
+        )
+
+    def _accept(self, sock: socket.socket, primary: bool) -> "Connection":
+        raise NotImplementedError
+
+    def _listen(self, listener: socket.socket) -> None:
+        raise NotImplementedError
+
+    def _close_display(self) -> None:
+        self._viewers.close()
+        if self._registration is not None:
+            self._registration.close()
+
+    def _screen(self) -> DisplayService:
+        if self._display is None:
+            raise NotRunningError("the domain has not been created yet")
+        return self._display
+
+    def _do_register(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        name, facts = params.get("name"), params.get("facts", {})
+        if not (name is None or isinstance(name, str)) or not isinstance(facts, dict):
+            raise BadOptionError("a domain's name is text")
+        if self._registration is None:
+            self._registration = Registration(name, **facts)
+            self._listen(self._registration.listen())
+        return {"name": self._registration.name, "socket": os.fspath(self._registration.socket_path)}
+
+    def _do_screen_memory(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().memory(connection, request)
+
+    def _do_screen(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().screen(connection, request)
+
+    def _do_screen_wait(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().wait(connection, request, params)
+
+    def _do_type(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().type(connection, request, params)
+
+    def _do_pointer(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().pointer(connection, request, params)
+
+    def _do_vnc(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._screen().check()
+        self._viewers.serve(connection, request, params)
+
+    def _do_vnc_ready(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        self._viewers.ready(connection, params)
+        return {}
+
+    def _do_web(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
+        self._viewers.web(connection, request, params)
+
+    def _do_web_ready(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        self._viewers.web_ready(connection, params)
+        return {}
