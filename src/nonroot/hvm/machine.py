@@ -41,7 +41,7 @@ from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
 from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
 from nonroot.hvm.outcome import Outcome, Reason
-from nonroot.hvm.pc import POWER_SLOT, Attach, Board
+from nonroot.hvm.pc import POWER_SLOT, Attach, Board, TimedPart
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
 from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
@@ -238,12 +238,13 @@ class Machine:
             self.ioapic,
         )
         """In the order in which states are restored: interrupt controllers last, they know their lines' levels."""
-        self._timed: tuple[TimedDevice | OutputBuffer, ...] = (
+        self._timed: tuple[TimedPart, ...] = (
             self.pit,
             self.rtc,
             self.acpi_pm,
             *self.uarts,
             *(device for device in self.board.devices if isinstance(device, TimedDevice)),
+            *self.board.timed,
             *self._buffers,
         )
 

@@ -25,7 +25,7 @@ from nonroot.hvm.irq import InterruptRouter
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pirq import PciInterrupts
 
-__all__ = ["Attach", "Board", "PciSlotDevice"]
+__all__ = ["Attach", "Board", "PciSlotDevice", "TimedPart"]
 
 IDE_SLOT = (1, 1)
 """PCI slot and function of the PIIX3 IDE controller."""
@@ -42,6 +42,16 @@ class PciSlotDevice(Device, Protocol):
 
     def config_write(self, register: int, size: int, value: int) -> None:
         """A store to configuration space."""
+
+
+class TimedPart(Protocol):
+    """Something beside the devices in which things happen as time passes: a backend with a latency."""
+
+    def deadline(self) -> int | None:
+        """Machine time (ns) of its next event; None if there is none."""
+
+    def advance(self, now_ns: int) -> None:
+        """Events that are due happen. In the vCPU's thread."""
 
 
 class Board:
@@ -78,6 +88,8 @@ class Board:
         """Reset the machine, as soon as the present access is over."""
         self.devices: list[Device] = []
         """In the order of registration."""
+        self.timed: list[TimedPart] = []
+        """Parts with deadlines that are no devices; they rearm the clock when those change."""
         self.cmos: dict[int, int] = {}
         """Registers of the CMOS memory that firmware reads: index -> byte."""
         self.isa_devices: list[IsaDevice] = []
