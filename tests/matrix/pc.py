@@ -1,0 +1,222 @@
+"""A PC under a test: it boots from disks, CDs and floppies; the test looks at its screen and serial line, and types.
+
+The machine runs in virtual time, so that waits of firmware and boot loaders cost nothing where the guest halts, and two
+runs are the same. It runs only while the test waits for something.
+"""
+
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.service import LATENCY_NS, BlockService
+from nonroot.devices.display import Console, attach_display
+from nonroot.devices.i6300esb import attach_watchdog
+from nonroot.devices.ide_unit import CdRom, Disk
+from nonroot.devices.storage import attach_storage
+from nonroot.display.keys import parse_keys, strokes
+from nonroot.display.render import Renderer
+from nonroot.display.text import screen_rows
+from nonroot.domain.pc import VGA_ROM
+from nonroot.engines import select
+from nonroot.guests.packages import seabios
+from nonroot.hvm.firmware import Firmware
+from nonroot.hvm.machine import Machine, MachineConfig, Outputs
+from nonroot.hvm.outcome import Outcome, Reason
+from nonroot.hvm.pc import Board
+
+__all__ = ["Pc", "engines"]
+
+MIB = 1 << 20
+NS_PER_INSTRUCTION = (10, 1)
+"""A CPU of 100 million instructions per second: what busy loops for a time cost."""
+SLICE = 4_000_000
+"""Instructions between two looks at the screen."""
+KEY_SLICE = 400_000
+"""Instructions between two keys."""
+
+
+def engines() -> list[str]:
+    """Every engine that exists."""
+    return sorted(select.ENGINES)
+
+
+class Pc:
+    """A machine with firmware (or a kernel), drives, a screen and a keyboard."""
+
+    def __init__(
+        self,
+        *,
+        engine: str = "interpret",
+        memory: int = 128 * MIB,
+        cd: Path | None = None,
+        disks: Sequence[str | Path] = (),
+        floppy: Path | None = None,
+        boot: str = "cd",
+        scramble: int | None = None,
+        **config: Any,
+    ) -> None:
+        self.serial = bytearray()
+        self.debug = bytearray()
+        self._services: list[BlockService] = []
+        self._drives = (cd, list(disks), floppy)
+        self._strokes: deque[tuple[int, bool]] = deque()
+        self.outcome: Outcome | None = None
+        self._direct = "kernel" in config
+        if not self._direct:
+            bios = seabios()
+            roms = {VGA_ROM: bios.vga.read_bytes()}
+            config["firmware"] = Firmware(bios.image.read_bytes(), boot, option_roms=roms)
+        self.console: Console | None = None
+        self.machine = Machine(
+            MachineConfig(
+                memory_bytes=memory,
+                attach=[self._attach_drives, self._attach_console, attach_watchdog],
+                agent=False,
+                scramble_seed=scramble,
+                virtual_time=NS_PER_INSTRUCTION,
+                base_wall_ns=1_735_689_600 * 10**9,
+                **config,
+            ),
+            select.create(engine),
+            Outputs(console=self._take_serial, debug=self.debug.extend),
+        )
+
+    def _take_serial(self, number: int, data: bytes) -> None:
+        if number == 0:
+            self.serial += data
+
+    def _attach_console(self, board: Board) -> None:
+        self.console = attach_display(board)
+
+    def _attach_drives(self, board: Board) -> None:
+        cd, disks, floppy = self._drives
+
+        def service(drive: Drive) -> BlockService:
+            made = BlockService(open_image(drive), board.post, board.clock, LATENCY_NS)
+            self._services.append(made)
+            board.timed.append(made)
+            return made
+
+        drives: list[Disk | CdRom | None] = [Disk(service(Drive.parse(str(disk)))) for disk in disks]
+        drives += [None] * (2 - len(drives))
+        drives.append(CdRom(None if cd is None else service(Drive(str(cd), read_only=True))))
+        drives.append(None)
+        floppies = [] if floppy is None else [service(Drive(str(floppy), read_only=True))]
+        attach_storage(board, drives, floppies, enabled=self._direct)
+
+    # ── what a person does ──
+
+    def rows(self) -> list[str]:
+        """The lines of the screen; none while it shows a picture."""
+        assert self.console is not None
+        vga = self.console.vga
+        return screen_rows(vga.state(), vga.ram.view) or []
+
+    def text(self) -> str:
+        """The screen as one text."""
+        return "\n".join(self.rows())
+
+    def picture(self) -> Image.Image:
+        """The screen as a picture."""
+        assert self.console is not None
+        vga = self.console.vga
+        return Renderer(vga.ram.view).render(vga.state())
+
+    def press(self, text: str) -> None:
+        """Press keys, one after the other, while the machine runs: text, and names as in ``<ret>``."""
+        self._strokes.extend(strokes(parse_keys(text)))
+        self.run_until(lambda: not self._strokes, 30, "the keys were not taken")
+
+    def send(self, text: str) -> None:
+        """Type on the serial line."""
+        self.machine.console_input(text.encode())
+
+    def wait_screen(self, pattern: str, seconds: float = 60) -> str:
+        """Run until the screen's text matches; the match."""
+        return self._wait(pattern, self.text, seconds)
+
+    def wait_serial(self, pattern: str, seconds: float = 60) -> str:
+        """Run until what came over the serial line since the last such wait matches; the match."""
+        found = self._wait(pattern, lambda: self.serial.decode(errors="replace"), seconds)
+        text = self.serial.decode(errors="replace")
+        self.serial = bytearray(text[text.index(found) + len(found) :].encode())
+        return found
+
+    def _wait(self, pattern: str, source: Callable[[], str], seconds: float) -> str:
+        found: list[str] = []
+
+        def matches() -> bool:
+            match = re.search(pattern, source(), re.MULTILINE)
+            if match:
+                found.append(match.group())
+            return bool(match)
+
+        self.run_until(matches, seconds, f"{pattern!r} did not appear")
+        return found[-1]
+
+    def run_until(self, condition: Callable[[], bool], seconds: float, problem: str) -> None:
+        """Run until ``condition``; AssertionError with what can be seen after ``seconds`` of wall time."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.outcome is None, f"{problem}: the machine ended, {self.outcome}\n{self.describe()}"
+            assert time.monotonic() < end, f"{problem} in {seconds} s\n{self.describe()}"
+            self._step(end)
+
+    def _step(self, end: float) -> None:
+        assert self.console is not None
+        if self._strokes:
+            key, pressed = self._strokes[0]
+            if self.console.ps2.key(key, pressed):
+                self._strokes.popleft()
+        limit = self.machine.vcpu.retired() + (KEY_SLICE if self._strokes else SLICE)
+        # A machine that halts for good retires nothing: a wall clock ends the wait.
+        timer = threading.Timer(max(0.1, end - time.monotonic()), self.machine.stop)
+        timer.start()
+        try:
+            outcome = self.machine.run(limit)
+        finally:
+            timer.cancel()
+        if outcome.reason is not Reason.STOPPED:
+            self.outcome = outcome
+
+    def run_to_end(self, seconds: float = 60) -> Outcome:
+        """Run until the machine ends by itself."""
+        self.run_until(lambda: self.outcome is not None, seconds, "the machine did not end")
+        assert self.outcome is not None
+        return self.outcome
+
+    def describe(self) -> str:
+        """Screen, end of the serial output, end of the firmware's messages."""
+        parts: Iterable[str] = (
+            "── screen ──",
+            self.text(),
+            "── serial ──",
+            self.serial[-2000:].decode(errors="replace"),
+            "── firmware ──",
+            self.debug[-1000:].decode(errors="replace"),
+            str(self.machine.statistics()),
+        )
+        return "\n".join(parts)
+
+    # ── life ──
+
+    def close(self) -> None:
+        """Give the images back."""
+        for service in self._services:
+            service.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
