@@ -116,6 +116,9 @@ class Domain(HasScreen):
         agent_ports: bool = True,
         off: Iterable[str] = (),
         firmware: str | os.PathLike[str] | None = None,
+        disks: Iterable[str | os.PathLike[str]] = (),
+        cdrom: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
+        floppy: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None = None,
         boot: str = "cd",
         boot_menu: bool = False,
         serial_firmware: bool = False,
@@ -144,6 +147,10 @@ class Domain(HasScreen):
         :param agent_ports: let the agent use its I/O ports; without them it uses the second serial port, slowly.
         :param off: names of the engine's optimisations to switch off.
         :param firmware: start in a BIOS instead of a kernel: ``"seabios"`` (fetched), or an image's path.
+        :param disks: disk images, each a path or text ``IMG[,ro][,overlay][,backing][,format=NAME]``. A domain
+            with drives and without ``kernel`` and ``flavour`` starts in the firmware ``"seabios"``.
+        :param cdrom: a CD image or several; ``"none"`` is an empty drive.
+        :param floppy: a floppy image or two; ``"none"`` is an empty drive.
         :param boot: what the firmware boots from, in order: ``a`` floppy, ``c`` disk, ``d`` CD.
         :param boot_menu: have the firmware offer its boot menu.
         :param serial_firmware: have the firmware show its text on the first serial port too.
@@ -180,6 +187,9 @@ class Domain(HasScreen):
             scramble_seed=scramble_seed,
             agent_ports=agent_ports,
             off=list(off),
+            disks=[_drive(disk) for disk in disks],
+            cdroms=_media(cdrom),
+            floppies=_media(floppy),
             boot=boot,
             boot_menu=boot_menu,
             serial_firmware=serial_firmware,
@@ -187,6 +197,9 @@ class Domain(HasScreen):
             display=display,
         )
         self._name = name
+        has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
+        if firmware is None and kernel is None and flavour is None and has_drives:
+            firmware = SEABIOS
         self._firmware = None if firmware is None else os.fspath(firmware)
         self._client = DomainClient()
         self._description: dict[str, Any] = {}
@@ -246,6 +259,17 @@ class Domain(HasScreen):
     def kill(self) -> None:
         """End the domain's process without asking it; safe from a signal handler. :meth:`destroy` tidies up."""
         self._client.kill()
+
+    def eject(self, drive: str = "cd0", *, force: bool = False) -> bool:
+        """Take the medium out of a drive: ``cd0``, ``cd1``, ``fd0``, ``fd1``.
+
+        False, and nothing done, if the guest has locked the tray and ``force`` is not set.
+        """
+        return bool(self._request("eject", drive=drive, force=force)["ejected"])
+
+    def insert(self, image: str | os.PathLike[str], drive: str = "cd0") -> None:
+        """Put an image into a drive, instead of what is in there. BadFileError if it cannot be used."""
+        self._request("insert", drive=drive, image=_drive(image))
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down by its power button; whether it does is its own decision."""
@@ -613,6 +637,21 @@ class Domain(HasScreen):
     def _lost(self, error: NonrootError) -> None:
         self.console.end(error)
         self._stopped.set()
+
+
+def _drive(image: str | os.PathLike[str]) -> str:
+    """What the domain's process parses: text with options, its path absolute; a path is only a path."""
+    if not isinstance(image, str):
+        return os.path.abspath(image).replace(",", ",,")  # noqa: PTH100 - resolve() would follow links
+    if image == "none" or not image or image.startswith(","):
+        return image
+    return os.path.join(os.getcwd(), image) if not os.path.isabs(image) else image  # noqa: PTH109, PTH117, PTH118
+
+
+def _media(media: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> list[str]:
+    if media is None:
+        return []
+    return [_drive(one) for one in ([media] if isinstance(media, (str, os.PathLike)) else media)]
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:

@@ -27,6 +27,7 @@ from nonroot.errors import (
     NonrootError,
     WaitTimeoutError,
 )
+from nonroot.guests import DEFAULT_FLAVOUR
 
 __all__ = ["run"]
 
@@ -98,6 +99,11 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option(
     "--firmware", metavar="NAME|FILE", help="Start in a BIOS (seabios, or an image) that boots from disk, CD or floppy."
 )
+@click.option(
+    "--disk", metavar="IMG[,OPTION]...", multiple=True, help="A disk; options: ro, overlay, format=NAME, backing."
+)
+@click.option("--cdrom", metavar="ISO", multiple=True, help="A CD; none is an empty drive.")
+@click.option("--floppy", metavar="IMG[,OPTION]...", multiple=True, help="A floppy; none is an empty drive.")
 @click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
 @click.option("--timeout", metavar="SECONDS", type=float, help="End everything after this long; status 124.")
@@ -125,6 +131,9 @@ def run(
     engine: str,
     protocol: str,
     firmware: str | None,
+    disk: tuple[str, ...],
+    cdrom: tuple[str, ...],
+    floppy: tuple[str, ...],
     boot: str | None,
     boot_menu: bool,
     timeout: float | None,
@@ -157,8 +166,12 @@ def run(
         raise BadOptionError("--env, --workdir, --copy-in, --copy-out and --tty need a command: add -- CMD")
     if tty and as_json:
         raise BadOptionError("--tty and --json exclude each other")
-    if firmware is None and (boot is not None or boot_menu):
+    drives = bool(disk or cdrom or floppy)
+    from_drives = drives and not command and kernel is None and flavour is None
+    if firmware is None and (boot is not None or boot_menu or from_drives):
         firmware = SEABIOS
+    if drives and command and kernel is None and flavour is None:
+        flavour = DEFAULT_FLAVOUR
     if command and firmware is not None:
         raise BadOptionError("a command needs a kernel that nonroot starts itself: leave out CMD, or the firmware")
     reporter = Reporter(verbose, quiet)
@@ -179,6 +192,9 @@ def run(
             "engine": engine,
             "protocol": protocol,
             "firmware": firmware,
+            "disks": disk,
+            "cdrom": cdrom,
+            "floppy": floppy,
             "boot": boot or "cd",
             "boot_menu": boot_menu,
             "flavour": flavour,

@@ -85,6 +85,12 @@ class DomainOptions:
     """Let the firmware offer its boot menu."""
     serial_firmware: bool = False
     """Have the firmware show its text on the first serial port too."""
+    disks: list[str] = field(default_factory=list)
+    """Disk images with their options, as :class:`nonroot.backends.Drive` parses them."""
+    cdroms: list[str] = field(default_factory=list)
+    """CD images; ``none`` is an empty drive."""
+    floppies: list[str] = field(default_factory=list)
+    """Floppy images; ``none`` is an empty drive."""
     reboot: bool = True
     """Whether a reset starts a guest of firmware again; other guests end with it."""
 
@@ -131,6 +137,9 @@ class DomainOptions:
         for path, what in files:
             if path is not None:
                 check_readable(path, what)
+        from nonroot.domain.drives import check_drives
+
+        check_drives(self)
 
     def _check_firmware(self) -> None:
         if self.kernel is not None or self.initrd is not None:

@@ -380,6 +380,29 @@ class DomainProcess(DisplayRequests):
             raise BadOptionError(f"{address!r} is no guest-physical address")
         self._ask(connection, request, lambda: runner.write_memory(address, blob))
 
+    def _do_eject(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        drives = self._need().drives
+        take_out = drives.eject(str(params.get("drive", "cd0")), bool(params.get("force", False)))
+        self._change_medium(connection, request, take_out)
+
+    def _do_insert(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        drives = self._need().drives
+        put_in = drives.insert(str(params.get("drive", "cd0")), str(params.get("image", "")))
+        self._change_medium(connection, request, put_in)
+
+    def _change_medium(self, connection: Connection, request: int, change: Callable[[], dict[str, Any]]) -> None:
+        """Change a medium between two instructions; then close what is in no drive any more."""
+        runner = self._need()
+
+        def answer(result: dict[str, Any] | NonrootError) -> None:
+            if isinstance(result, NonrootError):
+                connection.fail(request, result)
+            else:
+                runner.drives.release()
+                connection.reply(request, result)
+
+        runner.call(change, answer)
+
     def _do_power_button(
         self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
     ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
 from nonroot.domain import pc
 from nonroot.domain.display import Seat
+from nonroot.domain.drives import Drives
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.options import DomainOptions
@@ -78,11 +79,12 @@ class Runner:
         if options.agent:
             initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
         self._command_line = command_line(options)
+        self.drives = Drives(options)
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
             firmware=firmware,
-            attach=pc.attachments(options),
+            attach=[*pc.attachments(options), *([self.drives.attach] if self.drives.wanted else [])],
             reboot=options.reboot and firmware is not None,
             cmdline=self._command_line,
             initrd=initrd,

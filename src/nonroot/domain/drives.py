@@ -1,0 +1,191 @@
+"""A domain's drives: which image is in which place, opened and locked, and changed while the guest runs."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from nonroot.backends import BlockService, Drive, Image, open_image
+from nonroot.backends.service import LATENCY_NS
+from nonroot.devices.block import BlockPort
+from nonroot.devices.ide_unit import CdRom, Disk
+from nonroot.devices.storage import Storage, attach_storage
+from nonroot.domain.options import DomainOptions
+from nonroot.errors import BadOptionError, UnsupportedError
+from nonroot.hvm.pc import Board
+
+__all__ = ["EMPTY", "Drives", "check_drives"]
+
+EMPTY: Final = "none"
+"""Instead of an image: an empty drive."""
+IDE_PLACES: Final = 4
+FLOPPY_PLACES: Final = 2
+FLOPPY_LARGEST: Final = 2_949_120
+CD_ORDER: Final = (2, 3, 1, 0)
+"""CD-ROM drives are on the secondary channel first, where firmware looks for them; disks take the other places."""
+
+
+def check_drives(options: DomainOptions) -> None:
+    """BadOptionError or BadFileError, one sentence, for drives that cannot be; images are looked at, not locked."""
+    if len(options.disks) + len(options.cdroms) > IDE_PLACES:
+        raise BadOptionError(f"a domain has at most {IDE_PLACES} disks and CD-ROM drives together")
+    if len(options.floppies) > FLOPPY_PLACES:
+        raise BadOptionError(f"a domain has at most {FLOPPY_PLACES} floppy drives")
+    for drive in _drives(options):
+        drive.check()
+
+
+def _disk(text: str) -> Drive:
+    return Drive.parse(text)
+
+
+def _cd(text: str) -> Drive:
+    drive = Drive.parse(text, "CD image")
+    if drive.overlay:
+        raise BadOptionError(f"a CD is read-only, so an overlay on {drive.path} would be of no use")
+    return Drive(drive.path, True, False, drive.backing, drive.format, drive.what)
+
+
+def _floppy(text: str) -> Drive:
+    return Drive.parse(text, "floppy image")
+
+
+def _drives(options: DomainOptions) -> list[Drive]:
+    groups: tuple[tuple[Callable[[str], Drive], list[str]], ...] = (
+        (_disk, options.disks),
+        (_cd, options.cdroms),
+        (_floppy, options.floppies),
+    )
+    return [parse(text) for parse, texts in groups for text in texts if parse is _disk or text != EMPTY]
+
+
+class Drives:
+    """Opens and locks all images when it is made; the loop's thread uses it, except for :meth:`attach`."""
+
+    def __init__(self, options: DomainOptions) -> None:
+        """BadFileError, BadOptionError or UnsupportedError for the first image that cannot be used."""
+        self._latency = LATENCY_NS if options.virtual_time else None
+        self._firmware = options.firmware is not None
+        self._open: list[Image] = []
+        self._services: list[BlockService] = []
+        self._board: Board | None = None
+        self.storage: Storage | None = None
+        """The controllers, once attached."""
+        try:
+            disks = [self._image(_disk(text)) for text in options.disks]
+            cds = [None if text == EMPTY else self._image(_cd(text)) for text in options.cdroms]
+            self._floppies = [None if text == EMPTY else self._floppy_image(text) for text in options.floppies]
+        except BaseException:
+            self.close()
+            raise
+        self._places: list[tuple[bool, Image | None] | None] = [None] * IDE_PLACES
+        for place, cd in zip(CD_ORDER, cds, strict=False):
+            self._places[place] = (True, cd)
+        free = (place for place in range(IDE_PLACES) if self._places[place] is None)
+        for place, disk in zip(free, disks, strict=False):
+            self._places[place] = (False, disk)
+        self._cd_places = CD_ORDER[: len(cds)]
+        self.wanted = bool(disks or cds or self._floppies or self._firmware)
+        """Whether the machine has controllers at all."""
+
+    def _image(self, drive: Drive) -> Image:
+        image = open_image(drive)
+        self._open.append(image)
+        return image
+
+    def _floppy_image(self, text: str) -> Image:
+        drive = _floppy(text)
+        image = self._image(drive)
+        if image.size > FLOPPY_LARGEST:
+            raise BadOptionError(f"the {drive.what} {drive.path} has {image.size} bytes, more than a floppy of 2.88 MB")
+        return image
+
+    def attach(self, board: Board) -> None:
+        """Put the drives onto the board. In the thread that makes the machine."""
+        self._board = board
+        drives: list[Disk | CdRom | None] = []
+        for number, place in enumerate(self._places):
+            if place is None:
+                drives.append(None)
+                continue
+            is_cd, image = place
+            port = None if image is None else self._service(image)
+            serial = f"NR{number + 1:08d}"
+            if is_cd:
+                drives.append(CdRom(port, serial))
+            else:
+                assert port is not None
+                drives.append(Disk(port, serial))
+        floppies: list[BlockPort | None] = [None if i is None else self._service(i) for i in self._floppies]
+        self.storage = attach_storage(board, drives, floppies, enabled=not self._firmware)
+
+    def _service(self, image: Image) -> BlockService:
+        board = self._board
+        assert board is not None
+        service = BlockService(image, board.post, board.clock, self._latency)
+        self._services.append(service)
+        return service
+
+    # ── media, while the guest runs ──
+
+    def _place(self, name: str) -> tuple[str, int]:
+        """("cd", IDE unit) or ("fd", drive). BadOptionError, UnsupportedError."""
+        kind, number = name[:2], name[2:]
+        known = {"cd": self._cd_places, "fd": tuple(range(len(self._floppies)))}
+        if kind not in known or not number.isascii() or not number.isdigit():
+            raise BadOptionError(f"there is no drive {name!r}: use cd0, cd1, fd0 or fd1")
+        if int(number) >= len(known[kind]) or self.storage is None:
+            raise UnsupportedError(f"this domain was made without the drive {name}")
+        return kind, known[kind][int(number)]
+
+    def eject(self, name: str, force: bool) -> Callable[[], dict[str, Any]]:
+        """What takes the medium out, in the vCPU's thread; it says {"ejected": false} if the guest has locked it."""
+        kind, place = self._place(name)
+        storage = self.storage
+        assert storage is not None
+
+        def take_out() -> dict[str, Any]:
+            if kind == "fd":
+                assert storage.floppy is not None
+                storage.floppy.insert(place, None)
+                return {"ejected": True}
+            return {"ejected": storage.ide.eject(place, force)}
+
+        return take_out
+
+    def insert(self, name: str, text: str) -> Callable[[], dict[str, Any]]:
+        """Open an image now; what puts it into the drive is to be called in the vCPU's thread."""
+        kind, place = self._place(name)
+        image = self._floppy_image(text) if kind == "fd" else self._image(_cd(text))
+        service = self._service(image)
+        storage = self.storage
+        assert storage is not None
+
+        def put_in() -> dict[str, Any]:
+            if kind == "fd":
+                assert storage.floppy is not None
+                storage.floppy.insert(place, service)
+            else:
+                storage.ide.insert(place, service)
+            return {}
+
+        return put_in
+
+    def release(self) -> None:
+        """Close images that are in no drive any more."""
+        storage = self.storage
+        if storage is None:
+            return
+        ports = [unit.drive.port for unit in storage.ide.units if unit.drive is not None]
+        ports += storage.floppy.media if storage.floppy is not None else []
+        for service in [service for service in self._services if all(service is not port for port in ports)]:
+            self._services.remove(service)
+            self._open = [image for image in self._open if image is not service.image]
+            with contextlib.suppress(OSError):
+                service.close()
+
+    def close(self) -> None:
+        """Close everything, in any thread; what is on its way may fail."""
+        for image in self._open:
+            with contextlib.suppress(OSError):
+                image.close()
+        self._open.clear()
