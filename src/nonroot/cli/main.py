@@ -17,6 +17,10 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "run": ("nonroot.cli.run", "run", "Boot a guest and run a command in it, or use its console."),
     "demo": ("nonroot.cli.demo", "demo", "Boot Linux before your eyes, and run `uname -a` in it."),
+    "list": ("nonroot.cli.display", "list_domains", "List the running domains."),
+    "screenshot": ("nonroot.cli.display", "screenshot", "Save a picture of a domain's screen."),
+    "type": ("nonroot.cli.display", "type_keys", "Type on a domain's keyboard."),
+    "vncviewer": ("nonroot.cli.display", "vncviewer", "Look at a domain's screen and operate it."),
     "doctor": ("nonroot.cli.tools", "doctor", "Show what this machine has, and what nonroot makes of it."),
     "completion": ("nonroot.cli.tools", "completion", "Print the shell's completion script."),
 }

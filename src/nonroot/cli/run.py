@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from nonroot.cli.terminal import is_terminal, pump_keys, raw_terminal, window_si
 from nonroot.domain.command import Completed, shell_status
 from nonroot.domain.console import printable
 from nonroot.domain.files import parse_copy
+from nonroot.domain.registry import check_name
+from nonroot.domain.viewers import parse_address
 from nonroot.domain.wire import Kind
 from nonroot.errors import (
     BadOptionError,
@@ -34,6 +37,8 @@ __all__ = ["run"]
 BOOT_TIMEOUT = 600.0
 """Seconds for the boot without --timeout; a loaded machine may be slow, but something else is wrong then."""
 MAX_JSON_OUTPUT = 64 << 20
+PRIVATE = "private"
+"""--vnc without an address."""
 
 EPILOG = """\b
 Examples:
@@ -60,6 +65,7 @@ class RunOptions:
     as_json: bool
     tty: bool
     domain: dict[str, Any] = field(default_factory=dict)
+    vnc: str | None = None
 
 
 def parse_env(values: tuple[str, ...]) -> dict[str, str]:
@@ -106,6 +112,15 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--floppy", metavar="IMG[,OPTION]...", multiple=True, help="A floppy; none is an empty drive.")
 @click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
+@click.option("--name", metavar="NAME", help="Be found under this name (see list).  [default: a free one]")
+@click.option("--display", is_flag=True, help="Have a screen, keyboard and mouse; with a BIOS they are there anyway.")
+@click.option(
+    "--vnc",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value=PRIVATE,
+    help="Serve the screen by VNC: unix:PATH, or 127.0.0.1:PORT with a password.  [default: a private Unix socket]",
+)
 @click.option("--timeout", metavar="SECONDS", type=float, help="End everything after this long; status 124.")
 @click.option(
     "-e", "--env", metavar="NAME=VALUE", multiple=True, help="Set a variable for CMD; NAME alone passes ours on."
@@ -136,6 +151,9 @@ def run(
     floppy: tuple[str, ...],
     boot: str | None,
     boot_menu: bool,
+    name: str | None,
+    display: bool,
+    vnc: str | None,
     timeout: float | None,
     env: tuple[str, ...],
     workdir: str | None,
@@ -174,6 +192,10 @@ def run(
         flavour = DEFAULT_FLAVOUR
     if command and firmware is not None:
         raise BadOptionError("a command needs a kernel that nonroot starts itself: leave out CMD, or the firmware")
+    if name is not None:
+        check_name(name)
+    if vnc not in (None, PRIVATE):
+        parse_address(vnc)
     reporter = Reporter(verbose, quiet)
     options = RunOptions(
         list(command),
@@ -197,6 +219,8 @@ def run(
             "floppy": floppy,
             "boot": boot or "cd",
             "boot_menu": boot_menu,
+            "name": name,
+            "display": display or vnc is not None,
             "flavour": flavour,
             "virtual_time": virtual_time,
             "seed": seed,
@@ -207,6 +231,7 @@ def run(
             # Without CMD, the user's own initramfs runs its own init.
             "agent": firmware is None and (bool(command) or kernel is None),
         },
+        vnc,
     )
     return Session(options, reporter).run()
 
@@ -257,10 +282,26 @@ class Session:
         self._deadline = time.monotonic() + (self.options.timeout or 1e9)
         if domain.note and not self.reporter.quiet and (domain.can_run_commands or not self.options.command):
             self.reporter.line(domain.note)
+        if self.options.vnc is not None:
+            self._serve_screen(domain, self.options.vnc)
         self.reporter.progress(f"booting with the {domain.engine} engine: {domain.reason}")
         if self.options.command:
             return self._run_command(domain, relay)
         return self._use_console(domain, relay)
+
+    def _serve_screen(self, domain: Domain, address: str) -> None:
+        """Start the VNC server, and say where it is."""
+        password = None
+        wanted = None if address == PRIVATE else parse_address(address)
+        if wanted is not None and not wanted.is_unix:
+            password = os.environ.get("NONROOT_VNC_PASSWORD")
+            if not password:
+                password = secrets.token_urlsafe(6)
+                self.reporter.line(f"the VNC password is {password}")
+        served = domain.vnc(None if wanted is None else str(wanted), password)
+        self.result |= {"name": domain.name, "vnc": served}
+        if not self.reporter.quiet:
+            self.reporter.line(f"domain {domain.name}: VNC at {served}")
 
     # ── with CMD ──
 

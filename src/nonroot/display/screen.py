@@ -229,10 +229,13 @@ class HasScreen:
         """
         return str(self._client.request("vnc", ANSWER_TIMEOUT, address=address, password=password)["address"])
 
-    def web(self) -> str:
-        """A link that opens the screen in a browser on this machine, once. noVNC is fetched at the first use."""
+    def web(self, progress: Callable[[str, float], None] | None = None) -> str:
+        """A link that opens the screen in a browser on this machine, once.
+
+        noVNC is fetched at the first use, with ``progress``; SoftwareMissingError if it cannot be had.
+        """
         from nonroot.guests.packages import package
 
         self.vnc()
-        root = package("novnc") / "usr/share/novnc"
+        root = package("novnc", progress=progress) / "usr/share/novnc"
         return str(self._client.request("web", ANSWER_TIMEOUT, root=os.fspath(root))["url"])
