@@ -17,7 +17,7 @@ from nonroot.hvm.device import Clock
 
 __all__ = ["LATENCY_NS", "BlockService", "perform"]
 
-LATENCY_NS: Final = 100_000
+LATENCY_NS: Final = 10_000
 """A request's time in virtual time."""
 
 Post = Callable[[Callable[[], object]], object]
