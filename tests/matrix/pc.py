@@ -1,7 +1,6 @@
 """A PC under a test: it boots from disks, CDs and floppies; the test looks at its screen and serial line, and types.
 
-The machine runs in virtual time, so that waits of firmware and boot loaders cost nothing where the guest halts, and two
-runs are the same. It runs only while the test waits for something.
+The machine runs in real time, as a user's does, and only while the test waits for something.
 """
 
 import re
@@ -16,7 +15,7 @@ from typing import Any, Self
 from PIL import Image
 
 from nonroot.backends.drive import Drive, open_image
-from nonroot.backends.service import LATENCY_NS, BlockService
+from nonroot.backends.service import BlockService
 from nonroot.devices.display import Console, attach_display
 from nonroot.devices.i6300esb import attach_watchdog
 from nonroot.devices.ide_unit import CdRom, Disk
@@ -35,12 +34,10 @@ from nonroot.hvm.pc import Board
 __all__ = ["Pc", "engines"]
 
 MIB = 1 << 20
-NS_PER_INSTRUCTION = (10, 1)
-"""A CPU of 100 million instructions per second: what busy loops for a time cost."""
-SLICE = 4_000_000
-"""Instructions between two looks at the screen."""
-KEY_SLICE = 400_000
-"""Instructions between two keys."""
+SLICE = 0.05
+"""Seconds between two looks at the screen."""
+KEY_SLICE = 0.015
+"""Seconds between two keys."""
 
 
 def engines() -> list[str]:
@@ -81,8 +78,7 @@ class Pc:
                 attach=[self._attach_drives, self._attach_console, attach_watchdog],
                 agent=False,
                 scramble_seed=scramble,
-                virtual_time=NS_PER_INSTRUCTION,
-                base_wall_ns=1_735_689_600 * 10**9,
+                base_wall_ns=time.time_ns(),
                 **config,
             ),
             select.create(engine),
@@ -100,9 +96,8 @@ class Pc:
         cd, disks, floppy = self._drives
 
         def service(drive: Drive) -> BlockService:
-            made = BlockService(open_image(drive), board.post, board.clock, LATENCY_NS)
+            made = BlockService(open_image(drive), board.post)
             self._services.append(made)
-            board.timed.append(made)
             return made
 
         drives: list[Disk | CdRom | None] = [Disk(service(Drive.parse(str(disk)))) for disk in disks]
@@ -168,20 +163,18 @@ class Pc:
         while not condition():
             assert self.outcome is None, f"{problem}: the machine ended, {self.outcome}\n{self.describe()}"
             assert time.monotonic() < end, f"{problem} in {seconds} s\n{self.describe()}"
-            self._step(end)
+            self._step()
 
-    def _step(self, end: float) -> None:
+    def _step(self) -> None:
         assert self.console is not None
         if self._strokes:
             key, pressed = self._strokes[0]
             if self.console.ps2.key(key, pressed):
                 self._strokes.popleft()
-        limit = self.machine.vcpu.retired() + (KEY_SLICE if self._strokes else SLICE)
-        # A machine that halts for good retires nothing: a wall clock ends the wait.
-        timer = threading.Timer(max(0.1, end - time.monotonic()), self.machine.stop)
+        timer = threading.Timer(KEY_SLICE if self._strokes else SLICE, self.machine.stop)
         timer.start()
         try:
-            outcome = self.machine.run(limit)
+            outcome = self.machine.run()
         finally:
             timer.cancel()
         if outcome.reason is not Reason.STOPPED:
