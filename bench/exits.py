@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,9 +289,9 @@ def main() -> int:
                 kernel.write_bytes(image(case))
                 runs: list[tuple[str, Callable[[], Any]]] = []
                 if "nonroot" in systems:
-                    runs.append(("nonroot", lambda kernel=kernel: run_nonroot(kernel, options.engine)))
+                    runs.append(("nonroot", partial(run_nonroot, kernel, options.engine)))
                 if "qemu" in systems and case.in_qemu:
-                    runs.append(("QEMU", lambda kernel=kernel: run_qemu(kernel)))
+                    runs.append(("QEMU", partial(run_qemu, kernel)))
                 for system, run in runs:
                     print(f"{number + 1}/{options.pairs} {case.name}: {system}", file=sys.stderr, flush=True)
                     try:
