@@ -108,8 +108,11 @@ class Vcpu:
     def flush(self) -> None:
         """Drop all cached translations and decoded code."""
 
-def optimisations() -> list[tuple[str, str]]:
-    """(name, one-line description) of every optimisation that can be switched off."""
+def optimisations(translate: bool = False) -> list[tuple[str, str]]:
+    """(name, one-line description) of every optimisation that can be switched off; with `translate` the translator's too."""
+
+def translate_unavailable() -> str | None:
+    """Why this machine cannot run translated code, one phrase; None if it can."""
 
 def coverage() -> list[tuple[str, str]]:
     """(iced instruction code name, how: "interpreted" | "native" | "missing") for every code of an x86-64 CPU."""

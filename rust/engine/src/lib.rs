@@ -7,6 +7,7 @@ mod exits;
 mod memory;
 mod msrs;
 mod options;
+mod translate;
 mod vcpu;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -45,9 +46,17 @@ fn tiny_guest(py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
 
 /// Optimisations that can be switched off.
 #[pyfunction]
-fn optimisations() -> Vec<(String, String)> {
+#[pyo3(signature = (translate = false))]
+fn optimisations(translate: bool) -> Vec<(String, String)> {
     let all = nonroot_interpret::config::Optimisations::ALL;
-    all.iter().map(|(name, text)| (name.to_string(), text.trim().to_string())).collect()
+    let more = if translate { translate::SWITCHES } else { &[] };
+    all.iter().chain(more).map(|(name, text)| (name.to_string(), text.trim().to_string())).collect()
+}
+
+/// Why this machine cannot run translated code; None if it can.
+#[pyfunction]
+fn translate_unavailable() -> Option<String> {
+    translate::available().err()
 }
 
 /// What the engine executes, by iced's instruction codes.
@@ -64,6 +73,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(agent, module)?)?;
     module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;
     module.add_function(wrap_pyfunction!(optimisations, module)?)?;
+    module.add_function(wrap_pyfunction!(translate_unavailable, module)?)?;
     module.add_function(wrap_pyfunction!(code_coverage, module)?)?;
     Ok(())
 }

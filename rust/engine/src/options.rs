@@ -7,6 +7,21 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::HashMap;
 
+/// Which engine runs the vCPU, with its options.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The interpreter's configuration; the translator falls back to it.
+    pub config: Config,
+    /// The translator is wanted.
+    pub translate: bool,
+    /// Every translated block is compared with the interpreter.
+    pub lockstep: bool,
+    /// Offers after which a block is translated; 0: the default.
+    pub hot: u32,
+    /// Names of its optimisations that are switched off.
+    pub translate_off: Vec<String>,
+}
+
 /// One leaf: leaf, subleaf, EAX, EBX, ECX, EDX.
 pub type Leaf = (u32, u32, u32, u32, u32, u32);
 
@@ -22,7 +37,7 @@ pub fn config(
     cpuid: Vec<Leaf>,
     msrs: HashMap<u32, (u64, u64)>,
     options: &Bound<'_, PyDict>,
-) -> PyResult<Config> {
+) -> PyResult<Options> {
     let leaf = |&(leaf, subleaf, eax, ebx, ecx, edx): &Leaf| CpuidLeaf { leaf, subleaf, eax, ebx, ecx, edx };
     let mut config = Config {
         apic_id,
@@ -31,6 +46,10 @@ pub fn config(
         clock: Clock::Host { offset: (monotonic_ns() as i64).wrapping_neg() },
         ..Config::default()
     };
+    let mut translate = false;
+    let mut lockstep = false;
+    let mut hot = 0;
+    let mut translate_off = Vec::new();
     for (key, value) in options {
         let name: String = key.extract()?;
         match name.as_str() {
@@ -40,6 +59,9 @@ pub fn config(
             "exception_exits" => config.exception_exits = named(&name, &value)?,
             "cr_exits" => config.cr_exits = named(&name, &value)?,
             "random_seed" => config.random_seed = named(&name, &value)?,
+            "translate" => translate = named(&name, &value)?,
+            "lockstep" => lockstep = named(&name, &value)?,
+            "translate_after" => hot = named(&name, &value)?,
             "virtual_time" => {
                 if let Some((num, den)) = named::<Option<(u64, u64)>>(&name, &value)? {
                     if den == 0 || num == 0 || num > 1 << 32 || den > 1 << 32 {
@@ -52,8 +74,14 @@ pub fn config(
             }
             "off" => {
                 for optimisation in named::<Vec<String>>(&name, &value)? {
-                    if !config.optimise.switch_off(&optimisation) {
-                        let all: Vec<&str> = Optimisations::ALL.iter().map(|(name, _)| *name).collect();
+                    if config.optimise.switch_off(&optimisation) {
+                        continue;
+                    }
+                    if crate::translate::is_switch(&optimisation) {
+                        translate_off.push(optimisation);
+                    } else {
+                        let all = Optimisations::ALL.iter().chain(crate::translate::SWITCHES);
+                        let all: Vec<&str> = all.map(|(name, _)| *name).collect();
                         return Err(PyValueError::new_err(format!(
                             "there is no optimisation named {optimisation}, only {}",
                             all.join(", ")
@@ -73,5 +101,5 @@ pub fn config(
             config.apic_bus_hz
         )));
     }
-    Ok(config)
+    Ok(Options { config, translate, lockstep, hot, translate_off })
 }

@@ -81,9 +81,12 @@ impl Vcpu {
         msrs: HashMap<u32, (u64, u64)>,
         options: &Bound<'_, PyDict>,
     ) -> PyResult<Self> {
-        let config = options::config(apic_id, cpuid, msrs, options)?;
-        let clock = Mutex::new(config.clock.clone());
-        let vcpu = nonroot_interpret::Vcpu::new(memory.inner.clone(), config);
+        let options = options::config(apic_id, cpuid, msrs, options)?;
+        let clock = Mutex::new(options.config.clock.clone());
+        let mut vcpu = nonroot_interpret::Vcpu::new(memory.inner.clone(), options.config.clone());
+        if options.translate {
+            crate::translate::attach(&mut vcpu, &options).map_err(PyValueError::new_err)?;
+        }
         let handle = vcpu.handle();
         let addressing = vcpu.cpu.lapic.addressing();
         let inner = Mutex::new(Inner { vcpu, answer: Answer::None, exits: [0; NAMES.len()] });
@@ -272,6 +275,9 @@ impl Vcpu {
             ("interrupts", s.interrupts),
             ("general_instructions", s.general),
         ] {
+            out.set_item(name, count)?;
+        }
+        for (name, count) in cpu.accelerator.iter().flat_map(|a| a.statistics()) {
             out.set_item(name, count)?;
         }
         Ok(out)

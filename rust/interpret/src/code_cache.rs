@@ -77,6 +77,10 @@ pub struct Block {
     pub second_page: u64,
     /// Key it is filed under.
     key: u64,
+    /// The accelerator's: how often it was offered the block.
+    pub offered: u32,
+    /// The accelerator's: its code for the block, if any.
+    pub native: [u32; 2],
 }
 
 /// [`Block::second_page`] of a block inside one page.
@@ -178,6 +182,14 @@ impl CodeCache {
     fn jump(&self, lin: u64) -> Option<*mut Block> {
         let j = &self.jumps[jump_index(lin)];
         (j.lin == lin && j.key == self.exec_key && !j.block.is_null()).then_some(j.block)
+    }
+
+    /// Forgets the accelerator's code of every block.
+    pub fn forget_native(&mut self) {
+        for &block in &self.owned {
+            // SAFETY: owned blocks live until free_all; none is running.
+            unsafe { (*block).native = [0; 2] };
+        }
     }
 
     fn free_all(&mut self) {
@@ -380,6 +392,10 @@ impl Cpu {
         }
         self.stats.blocks_invalidated += dropped.len() as u64;
         for p in dropped {
+            if let Some(accelerator) = &mut self.accelerator {
+                // SAFETY: blocks live until the cache is flushed.
+                accelerator.drop_block(unsafe { &mut *p });
+            }
             self.cache.drop_block(p);
         }
     }
@@ -390,6 +406,10 @@ impl Cpu {
             self.mem.clear_flags(gfn, P2M_CODE);
         }
         self.cache.frames.clear();
+        self.tlb.forget_jumps();
+        if let Some(accelerator) = &mut self.accelerator {
+            accelerator.flush();
+        }
         self.cache.free_all();
     }
 
@@ -428,5 +448,7 @@ pub fn new_block(gpa: u64) -> Block {
         count: 0,
         second_page: NO_PAGE,
         key: 0,
+        offered: 0,
+        native: [0; 2],
     }
 }

@@ -61,6 +61,10 @@ pub struct Cpu {
     pub mailbox: Arc<Mailbox>,
     /// Decoded code.
     pub cache: CodeCache,
+    /// A faster executor of blocks, if there is one.
+    pub accelerator: Option<Box<dyn crate::accelerate::Accelerator>>,
+    /// What a rehearsal overwrites: host address, old bytes.
+    pub write_log: Option<Vec<(u64, Vec<u8>)>>,
     /// Accesses of the current instruction that the caller has answered.
     pub mmio: MmioLog,
     /// The caller's answer to the last port, MSR or CPUID exit.
@@ -159,6 +163,8 @@ impl Cpu {
             mem,
             mailbox: Arc::new(Mailbox::default()),
             cache: CodeCache::default(),
+            accelerator: None,
+            write_log: None,
             mmio: MmioLog::default(),
             reply: None,
             native: NativeUnit::new(),

@@ -183,6 +183,8 @@ impl Cpu {
         let max = if single { 1 } else { MAX_BLOCK };
         let options = DecoderOptions::NONE;
         let mut decoder = Decoder::with_ip(self.bitness(), &bytes[..room], 0, options);
+        let accelerates = self.accelerates();
+        let mut accelerated = None;
         while block.count < max && decoder.can_decode() {
             let start = decoder.position();
             let mut i = decoder.decode();
@@ -251,6 +253,12 @@ impl Cpu {
                     return Err(self.gp(0));
                 }
                 break;
+            }
+            if accelerates {
+                let supported = self.accelerator.as_ref().is_some_and(|a| a.supports(self.mode, &i));
+                if *accelerated.get_or_insert(supported) != supported {
+                    break;
+                }
             }
             let end_here = i.is_invalid() || ends_block(&i);
             self.add_instruction(&mut block, &mut ops, i, start, end - start, !single);

@@ -1,5 +1,6 @@
 //! The `interpret` engine: a complete system-level x86 CPU, exact before fast.
 
+pub mod accelerate;
 pub mod code_cache;
 pub mod config;
 pub mod control_registers;
@@ -18,6 +19,7 @@ pub mod mem;
 pub mod mmio;
 pub mod msr;
 pub mod operands;
+pub mod rehearse;
 pub mod run;
 pub mod segments;
 pub mod state;

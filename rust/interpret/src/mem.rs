@@ -301,6 +301,11 @@ impl Cpu {
     /// Does what must happen before the vCPU writes to RAM outside the TLB: the
     /// dirty log, and dropping decoded code of the bytes.
     pub fn before_ram_write(&mut self, gpa: u64, len: usize, entry: u64) {
+        if self.write_log.is_some() {
+            // It is taken back: no code changes, and nothing is dirty that was not.
+            self.log_write((entry & !P2M_FLAGS) + (gpa & 0xfff), len);
+            return;
+        }
         if entry & P2M_DIRTY == 0 {
             self.mem.set_flags(gpa >> 12, P2M_DIRTY);
         }
@@ -311,7 +316,11 @@ impl Cpu {
 
     /// Enters a page into the TLB if nothing about it needs the slow path.
     fn enter(&mut self, lin: u64, gpa: u64, large: bool, access: Access, write: bool) {
-        if access.system || !self.config.optimise.tlb || self.tlb.context == context::CHECKED {
+        if access.system
+            || !self.config.optimise.tlb
+            || self.tlb.context == context::CHECKED
+            || self.write_log.is_some()
+        {
             return;
         }
         if self.watches_page(lin) {
@@ -323,6 +332,32 @@ impl Cpu {
         let page = lin & PAGE_MASK;
         let entry = self.mem.entry(gpa >> 12);
         self.tlb.enter(page, entry & !P2M_FLAGS, write && entry & P2M_CODE == 0);
+    }
+
+    /// Enters the page of `size` bytes at a linear address into the TLB for the present context, if they
+    /// lie in one page that needs nothing else; raises nothing.
+    pub fn enter_page(&mut self, lin: u64, size: usize, write: bool) -> bool {
+        if (lin & 0xfff) as usize + size > 0x1000 || self.lma() && !Self::canonical(lin) {
+            return false;
+        }
+        let access = Access { kind: if write { Kind::Write } else { Kind::Read }, system: false };
+        let Ok(t) = self.translate(lin, access) else {
+            self.stop = None;
+            return false;
+        };
+        let Target::Ram(_, entry) = self.target(t.gpa, write) else { return false };
+        if write && entry & P2M_CODE != 0 {
+            return false;
+        }
+        if write {
+            self.before_ram_write(t.gpa, size, entry);
+        }
+        self.enter(lin, t.gpa, t.large, access, write);
+        if write {
+            self.host_rw(lin, size).is_some()
+        } else {
+            self.host_r(lin, size).is_some()
+        }
     }
 
     // ---- system structures --------------------------------------------------------------

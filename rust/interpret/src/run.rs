@@ -1,5 +1,6 @@
 //! The run loop: blocks, requests, interrupts, time, exits.
 
+use crate::accelerate::Ran;
 use crate::code_cache::Block;
 use crate::cpu::Cpu;
 use crate::events::{Event, EventKind};
@@ -8,6 +9,9 @@ use std::sync::atomic::Ordering;
 
 /// Instructions between two looks at the clock.
 const SLICE: u64 = 20_000;
+
+/// Instructions by which an accelerator may run past the end of its slice: more than a page holds.
+const OVERSHOOT: u64 = 8192;
 
 /// How a block ended.
 enum Ended {
@@ -89,12 +93,35 @@ impl Cpu {
                     continue;
                 }
             }
+            let until = slice_end.min(limit.saturating_sub(OVERSHOOT));
+            if self.accelerates() && self.retired < until {
+                if let Some(exit) = self.run_accelerated(block, until, limit) {
+                    match exit {
+                        Some(exit) => return exit,
+                        None => continue,
+                    }
+                }
+            }
             // What a REP at the end of the block may do after the instructions before it.
             self.rep_budget = slice_end.saturating_sub(self.retired + u64::from(b.count) - 1).max(1);
             match self.run_block(b) {
                 Ended::Complete | Ended::Again => {}
                 Ended::Exit(exit) => return exit,
             }
+        }
+    }
+
+    /// Offers a block to the accelerator. `None`: it is to be interpreted; else the exit, if any.
+    #[inline]
+    fn run_accelerated(&mut self, block: *mut Block, until: u64, limit: u64) -> Option<Option<Exit>> {
+        let mut accelerator = self.accelerator.take()?;
+        // SAFETY: the run loop has just found the block for the present state.
+        let ran = unsafe { accelerator.run(self, block, until) };
+        self.accelerator = Some(accelerator);
+        match ran {
+            Ran::Again => Some(None),
+            Ran::Single => Some(self.step(limit)),
+            Ran::Block => None,
         }
     }
 

@@ -249,6 +249,11 @@ impl Tlb {
         self.current = &mut self.spaces[self.space][context];
     }
 
+    /// Makes a set current that is always empty, until the next [`Tlb::select`].
+    pub fn hide(&mut self) {
+        self.current = &mut self.spaces[self.space][context::CHECKED];
+    }
+
     /// Forgets everything.
     pub fn clear(&mut self) {
         for set in self.spaces.iter_mut().flatten() {
@@ -276,9 +281,11 @@ impl Tlb {
     fn take_space(&mut self, asid: u64) {
         let known = self.owner.iter().position(|&owner| owner == asid);
         self.space = known.unwrap_or_else(|| {
-            let space = self.owner.iter().position(|&owner| owner == 0).unwrap_or_else(|| {
-                (0..SPACES).min_by_key(|&space| self.used[space]).unwrap_or(0)
-            });
+            let space = self
+                .owner
+                .iter()
+                .position(|&owner| owner == 0)
+                .unwrap_or_else(|| (0..SPACES).min_by_key(|&space| self.used[space]).unwrap_or(0));
             for set in &mut self.spaces[space] {
                 set.clear();
             }

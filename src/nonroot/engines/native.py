@@ -13,7 +13,7 @@ from nonroot.engines.select import host_flags
 from nonroot.engines.state import StateError, VcpuState
 from nonroot.errors import BadOptionError
 
-__all__ = ["InterpretEngine", "NativeVcpu"]
+__all__ = ["InterpretEngine", "LockstepEngine", "NativeVcpu", "TranslateEngine"]
 
 
 class NativeVcpu:
@@ -67,8 +67,10 @@ class NativeVcpu:
 class InterpretEngine:
     """The portable, exact engine: the judge of the others."""
 
-    name: Final = "interpret"
-    capabilities: Final = frozenset(Capability)
+    name: str = "interpret"
+    capabilities: frozenset[Capability] = frozenset(Capability)
+    _translates: bool = False
+    _more: Mapping[str, Any] = {}
 
     @property
     def cpu_features(self) -> frozenset[str]:
@@ -76,7 +78,7 @@ class InterpretEngine:
         return frozenset(name for name, f in FEATURES.items() if not f.native or name in host)
 
     def optimisations(self) -> Mapping[str, str]:
-        return dict(_engine.optimisations())
+        return dict(_engine.optimisations(self._translates))
 
     def create_vcpu(
         self, memory: _engine.Memory, policy: CpuPolicy, apic_id: int = 0, options: EngineOptions | None = None
@@ -94,6 +96,8 @@ class InterpretEngine:
             "virtual_time": options.virtual_time,
             "random_seed": options.random_seed,
             "off": sorted(options.off),
+            "translate": self._translates,
+            **self._more,
             "msr_exits": options.msr_exits,
             "exception_exits": sum(1 << v for v in options.exception_exits if 0 <= v < 32),
             "cr_exits": options.cr_exits,
@@ -104,3 +108,21 @@ class InterpretEngine:
         except ValueError as error:
             raise BadOptionError(str(error)) from None
         return NativeVcpu(raw)
+
+
+class TranslateEngine(InterpretEngine):
+    """
+    The interpreter with a translator before it: code of 64-bit and flat 32-bit mode runs on the host's own CPU.
+
+    In virtual time, and while it is stepped or has code breakpoints, the interpreter alone runs the vCPU.
+    """
+
+    name = "translate"
+    _translates = True
+
+
+class LockstepEngine(TranslateEngine):
+    """The translator, every block of which is compared with the interpreter: for finding its faults, and very slow."""
+
+    name = "lockstep"
+    _more: Mapping[str, Any] = {"lockstep": True}

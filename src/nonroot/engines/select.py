@@ -29,7 +29,19 @@ def _interpret() -> Engine:
     return InterpretEngine()
 
 
-ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {"interpret": _interpret}
+def _translate() -> Engine:
+    from nonroot.engines.native import TranslateEngine
+
+    return TranslateEngine()
+
+
+def _lockstep() -> Engine:
+    from nonroot.engines.native import LockstepEngine
+
+    return LockstepEngine()
+
+
+ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {"translate": _translate, "interpret": _interpret, "lockstep": _lockstep}
 """The engines that exist, by name."""
 
 
@@ -65,7 +77,7 @@ def choose(name: str = AUTO, *, flags: frozenset[str] | None = None, kvm_device:
     """
     if name in ENGINES:
         return Choice(name, f"the {name} engine was asked for")
-    if name in ("kvm", "translate"):
+    if name == "kvm":
         raise UnsupportedError(f"the {name} engine does not exist yet; use {' or '.join(ENGINES)}, or auto")
     if name != AUTO:
         near = difflib.get_close_matches(name, [*ENGINES, AUTO], 1)

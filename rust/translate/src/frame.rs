@@ -1,0 +1,346 @@
+//! What generated code keeps in memory, and the code that enters and leaves it.
+//!
+//! While generated code runs, RSP points at a [`Frame`] at the top of a stack of
+//! its own, GS points at the current TLB [`Set`](nonroot_interpret::tlb::Set), and
+//! the other host registers hold the guest's ([`HOST_OF`]); RAX and R15 are scratch.
+
+use crate::assembler::{at, host, Assembler, Mem};
+use nonroot_interpret::cpu::Cpu;
+use nonroot_native::VectorState;
+use std::mem::offset_of;
+
+/// The host register of each guest register; `None`: its home is [`Frame::spilled`].
+pub const HOST_OF: [Option<u8>; 16] = [
+    Some(host::R14),
+    Some(host::RCX),
+    Some(host::RDX),
+    Some(host::RBX),
+    Some(host::R11),
+    Some(host::RBP),
+    Some(host::RSI),
+    Some(host::RDI),
+    Some(host::R8),
+    Some(host::R9),
+    Some(host::R10),
+    None,
+    Some(host::R12),
+    Some(host::R13),
+    None,
+    None,
+];
+
+/// Index in [`Frame::spilled`] of guest registers without a host register.
+pub fn spill_slot(guest: u8) -> usize {
+    match guest {
+        11 => 0,
+        14 => 1,
+        _ => 2,
+    }
+}
+
+/// Why generated code ended.
+pub mod exit {
+    /// The interpreter is to execute the instruction at [`super::Frame::offset`].
+    pub const SINGLE: u32 = 0;
+    /// Nothing of the block at the offset has run; the interpreter is to run it.
+    pub const BLOCK: u32 = 1;
+    /// A jump inside the page, through [`super::Frame::link`].
+    pub const CHAIN: u32 = 2;
+    /// The next instruction is at the offset.
+    pub const NEXT: u32 = 3;
+    /// The next instruction is at [`super::Frame::rip`].
+    pub const LOOKUP: u32 = 4;
+}
+
+/// The context of generated code.
+#[repr(C, align(64))]
+pub struct Frame {
+    /// Guest registers without a host register.
+    pub spilled: [u64; 3],
+    /// Saved status flags: OF in the low byte, SF ZF AF PF CF as LAHF gives them in the high one.
+    pub flags: u16,
+    /// Bit 0: vector registers are the guest's; bit 1: AVX may be used.
+    pub vectors: u8,
+    /// What `vectors` may become.
+    pub vectors_allowed: u8,
+    /// Instructions that may still run.
+    pub budget: i32,
+    /// Linear address of the page that runs.
+    pub code_page: u64,
+    /// RFLAGS without the status flags.
+    pub rflags: u32,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// Bit 0: FS, bit 1: GS are 4 GiB data segments (32-bit mode).
+    pub segments: u8,
+    unused: u16,
+    /// Linear bases of FS and GS.
+    pub base: [u64; 2],
+    /// Scratch.
+    pub temporary: u64,
+    /// See [`exit`].
+    pub kind: u32,
+    /// Offset in the page of the guest instruction that comes next.
+    pub offset: u32,
+    /// Correction of the budget.
+    pub adjust: i32,
+    /// The jump that may be chained.
+    pub link: u32,
+    /// Guest instruction pointer of a lookup that failed.
+    pub rip: u64,
+    /// Guest registers of the interpreter.
+    pub gpr: *mut u64,
+    /// The vCPU.
+    pub cpu: *mut Cpu,
+    /// Its vector registers.
+    pub fpu: *mut VectorState,
+    /// Host stack pointer.
+    pub host_rsp: u64,
+    /// GS base to run with.
+    pub gs: u64,
+    /// Code to run.
+    pub code: u64,
+    /// Host MXCSR.
+    pub mxcsr: u32,
+    unused2: u32,
+    /// Caller-saved registers around a call of Rust.
+    pub saved: [u64; 8],
+}
+
+macro_rules! field {
+    ($field:ident) => {
+        at(host::RSP, std::mem::offset_of!(crate::frame::Frame, $field) as i32)
+    };
+}
+pub(crate) use field;
+
+/// Where a guest register without a host register lives.
+pub fn spilled(guest: u8) -> Mem {
+    at(host::RSP, (offset_of!(Frame, spilled) + 8 * spill_slot(guest)) as i32)
+}
+
+/// Where the base of FS (0) or GS (1) is.
+pub fn segment_base(n: usize) -> Mem {
+    at(host::RSP, (offset_of!(Frame, base) + 8 * n) as i32)
+}
+
+/// The same field seen from inside a called routine.
+fn below(m: Mem) -> Mem {
+    Mem { disp: m.disp + 8, ..m }
+}
+
+/// Offsets of the common routines in the arena.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Routines {
+    /// `extern "sysv64" fn(*mut Frame)`: runs [`Frame::code`] until an exit.
+    pub enter: usize,
+    /// Leaves, with the guest's flags in the host's.
+    pub leave_live: usize,
+    /// Leaves, with the guest's flags in [`Frame::flags`].
+    pub leave: usize,
+    /// Leaves with [`exit::LOOKUP`]; RAX: instruction pointer.
+    pub lookup_failed: usize,
+    /// TLB miss: RAX: linear address, R15D: bytes, and bit 31 for a write. EAX: 0 if it was entered.
+    pub refill: usize,
+    /// Gives the guest its vector registers.
+    pub load_vectors: usize,
+}
+
+/// Moves flags from the host's into [`Frame::flags`]; spoils RAX.
+pub fn save_flags(a: &mut Assembler) {
+    a.bytes(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    a.bytes(&[0x66]);
+    a.store(false, field!(flags), host::RAX);
+}
+
+/// Moves flags from [`Frame::flags`] into the host's; spoils RAX.
+pub fn restore_flags(a: &mut Assembler) {
+    a.mem(false, &[0x0f, 0xb7], host::RAX, field!(flags)); // movzx eax, word
+    a.bytes(&[0x04, 0x7f, 0x9e]); // add al, 0x7f; sahf
+}
+
+const CALLEE_SAVED: [u8; 6] = [host::RBX, host::RBP, host::R12, host::R13, host::R14, host::R15];
+const CALLER_SAVED: [u8; 8] =
+    [host::RCX, host::RDX, host::RSI, host::RDI, host::R8, host::R9, host::R10, host::R11];
+
+fn vector_moves(a: &mut Assembler, base: u8, store: bool, avx: bool) {
+    for n in 0..16u8 {
+        let m = at(base, offset_of!(VectorState, ymm) as i32 + 32 * i32::from(n));
+        if avx {
+            // VEX.256.0F.WIG 10/11 (vmovups).
+            a.bytes(&[0xc4, 0x61 | u8::from(n < 8) << 7 | u8::from(base < 8) << 5, 0x7c]);
+            a.mem_without_rex(if store { 0x11 } else { 0x10 }, n, m);
+        } else {
+            a.mem(false, if store { &[0x0f, 0x11] } else { &[0x0f, 0x10] }, n, m);
+        }
+    }
+}
+
+fn mxcsr(a: &mut Assembler, load: bool, m: Mem) {
+    a.mem(false, &[0x0f, 0xae], if load { 2 } else { 3 }, m);
+}
+
+/// What the routines call.
+pub type Refill = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> u32;
+
+/// Emits the common routines.
+pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
+    let mut r = Routines { enter: a.origin + a.here(), ..Routines::default() };
+    for reg in CALLEE_SAVED {
+        if reg >= 8 {
+            a.bytes(&[0x41]);
+        }
+        a.bytes(&[0x50 | reg & 7]);
+    }
+    a.store(true, at(host::RDI, offset_of!(Frame, host_rsp) as i32), host::RSP);
+    a.mov(host::RSP, host::RDI);
+    mxcsr(a, false, field!(mxcsr));
+    a.load(true, host::RAX, field!(gs));
+    a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+    a.load(true, host::RAX, field!(gpr));
+    for guest in 0..16u8 {
+        let from = at(host::RAX, 8 * i32::from(guest));
+        match HOST_OF[guest as usize] {
+            Some(reg) => a.load(true, reg, from),
+            None => {
+                a.load(true, host::R15, from);
+                a.store(true, spilled(guest), host::R15);
+            }
+        }
+    }
+    a.mem(false, &[0xff], 4, field!(code)); // jmp [code]
+
+    r.lookup_failed = a.origin + a.here();
+    a.store(true, field!(rip), host::RAX);
+    a.store_imm(field!(kind), exit::LOOKUP as i32);
+    a.store_imm(field!(adjust), 0);
+    let leave_now = a.jmp();
+    r.leave_live = a.origin + a.here();
+    save_flags(a);
+    let here = a.here();
+    a.fill(leave_now, here);
+    r.leave = a.origin + here;
+    a.load(true, host::RAX, field!(gpr));
+    for guest in 0..16u8 {
+        let to = at(host::RAX, 8 * i32::from(guest));
+        match HOST_OF[guest as usize] {
+            Some(reg) => a.store(true, to, reg),
+            None => {
+                a.load(true, host::R15, spilled(guest));
+                a.store(true, to, host::R15);
+            }
+        }
+    }
+    a.mem(false, &[0x80], 7, field!(vectors)); // cmp byte [vectors], 0
+    a.bytes(&[0]);
+    let none = a.jcc(4);
+    a.load(true, host::RAX, field!(fpu));
+    store_vectors(a, host::RAX, avx, field!(mxcsr));
+    a.mem(false, &[0xc6], 0, field!(vectors)); // mov byte [vectors], 0
+    a.bytes(&[0]);
+    let here = a.here();
+    a.fill(none, here);
+    a.load(true, host::RSP, field!(host_rsp));
+    for reg in CALLEE_SAVED.iter().rev() {
+        if *reg >= 8 {
+            a.bytes(&[0x41]);
+        }
+        a.bytes(&[0x58 | reg & 7]);
+    }
+    a.bytes(&[0xc3]);
+
+    r.refill = a.origin + a.here();
+    let saved = |n: usize| below(at(host::RSP, (offset_of!(Frame, saved) + 8 * n) as i32));
+    for (n, reg) in CALLER_SAVED.iter().enumerate() {
+        a.store(true, saved(n), *reg);
+    }
+    a.mov(host::RSI, host::RAX);
+    a.mov(host::RDX, host::R15);
+    a.load(true, host::RDI, below(field!(cpu)));
+    // R15 keeps what `vectors` was: the callee preserves it.
+    a.mem(false, &[0x0f, 0xb6], host::R15, below(field!(vectors))); // movzx r15d, byte
+    a.reg(false, &[0x85], host::R15, host::R15); // test r15d, r15d
+    let none = a.jcc(4);
+    a.load(true, host::RAX, below(field!(fpu)));
+    store_vectors(a, host::RAX, avx, below(field!(mxcsr)));
+    let here = a.here();
+    a.fill(none, here);
+    a.bytes(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
+    a.bytes(&[0x48, 0xb8]); // mov rax, imm64
+    a.bytes(&(refill as usize as u64).to_le_bytes());
+    a.bytes(&[0xff, 0xd0]); // call rax
+    a.bytes(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
+    a.reg(false, &[0x85], host::R15, host::R15);
+    let none = a.jcc(4);
+    a.load(true, host::RDX, below(field!(fpu)));
+    load_registers(a, host::RDX, avx);
+    let here = a.here();
+    a.fill(none, here);
+    for (n, reg) in CALLER_SAVED.iter().enumerate() {
+        a.load(true, *reg, saved(n));
+    }
+    a.bytes(&[0xc3]);
+
+    r.load_vectors = a.origin + a.here();
+    a.load(true, host::RAX, below(field!(fpu)));
+    load_registers(a, host::RAX, avx);
+    a.mem(false, &[0x0f, 0xb6], host::RAX, below(field!(vectors_allowed)));
+    a.mem(false, &[0x88], host::RAX, below(field!(vectors))); // mov [vectors], al
+    a.bytes(&[0xc3]);
+    r
+}
+
+fn store_vectors(a: &mut Assembler, base: u8, avx: bool, host_mxcsr: Mem) {
+    vector_moves(a, base, true, avx);
+    mxcsr(a, false, at(base, offset_of!(VectorState, mxcsr) as i32));
+    mxcsr(a, true, host_mxcsr);
+    if avx {
+        a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+}
+
+fn load_registers(a: &mut Assembler, base: u8, avx: bool) {
+    vector_moves(a, base, false, avx);
+    mxcsr(a, true, at(base, offset_of!(VectorState, mxcsr) as i32));
+}
+
+/// The stack of generated code, with the frame at its top.
+pub struct Stack {
+    base: *mut u8,
+}
+
+// SAFETY: the mapping belongs to the Stack alone.
+unsafe impl Send for Stack {}
+
+const STACK: usize = 256 * 1024;
+const GUARD: usize = 4096;
+
+impl Stack {
+    /// Maps a stack with an inaccessible page below it.
+    pub fn new() -> Result<Stack, String> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping touches nothing that exists.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), STACK + GUARD, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err("the system gives no memory for the stack of generated code".to_string());
+        }
+        // SAFETY: the first page of the mapping just made.
+        unsafe { libc::mprotect(base, GUARD, libc::PROT_NONE) };
+        Ok(Stack { base: base.cast() })
+    }
+
+    /// The frame; zero at first, which is a valid value.
+    pub fn frame(&self) -> *mut Frame {
+        // The top of the mapping is page-aligned and the frame's size a multiple of its alignment.
+        (self.base as usize + STACK + GUARD - size_of::<Frame>()) as *mut Frame
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: mapped in new() with this size; no generated code runs.
+        unsafe { libc::munmap(self.base.cast(), STACK + GUARD) };
+    }
+}

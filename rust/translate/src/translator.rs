@@ -1,0 +1,434 @@
+//! Running translated blocks: translating what is hot, entering, chaining, dropping.
+
+use crate::analysis::{self, Abilities};
+use crate::arena::Arena;
+use crate::assembler::Assembler;
+use crate::emit::{self, Emitter, Link};
+use crate::frame::{self, exit, Frame, Routines, Stack};
+use crate::switches::Switches;
+use iced_x86::{Instruction, InstructionInfoFactory};
+use nonroot_interpret::accelerate::{Accelerator, Ran};
+use nonroot_interpret::code_cache::{Block, NO_PAGE};
+use nonroot_interpret::cpu::Cpu;
+use nonroot_interpret::flags::Flags;
+use nonroot_interpret::state::*;
+use nonroot_memory::{P2M_FLAGS, P2M_PRESENT};
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+/// Bytes of generated code before all of it is dropped.
+const CAPACITY: usize = 64 << 20;
+/// A block is translated when it is offered for this time.
+const HOT: u32 = 4;
+/// [`Block::native`] of a block that is never translated.
+const NEVER: u32 = 1;
+/// Room for one more block, at least.
+const RESERVE: usize = 256 << 10;
+
+/// Counters.
+#[derive(Clone, Copy, Debug, Default)]
+struct Statistics {
+    translated_blocks: u64,
+    translated_instructions: u64,
+    untranslatable_blocks: u64,
+    entries: u64,
+    interpreted_blocks: u64,
+    exits: [u64; 8],
+    chained: u64,
+    native_instructions: u64,
+    flushes: u64,
+}
+
+/// The translator of one vCPU.
+pub struct Translator {
+    arena: Arena,
+    stack: Stack,
+    routines: Routines,
+    /// Where the routines end and blocks begin.
+    floor: usize,
+    switches: Switches,
+    abilities: Abilities,
+    info: RefCell<InstructionInfoFactory>,
+    links: Vec<Link>,
+    /// A jump that may be chained to the block that is offered next, if that is at this
+    /// address and found by this key.
+    pending: Option<(u32, u64, u64)>,
+    /// Each block is compared with the interpreter.
+    lockstep: bool,
+    /// Offers after which a block is translated.
+    hot: u32,
+    /// The next block is the interpreter's.
+    interpret_next: bool,
+    /// Where each block's entries are turned away to when it is dropped.
+    refuse: HashMap<u32, [u32; 2]>,
+    statistics: Statistics,
+}
+
+/// Whether this host can run translated code, or why not.
+pub fn available() -> Result<(), String> {
+    // SAFETY: getauxval reads the process's auxiliary vector.
+    let features = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+    if features & 2 == 0 {
+        return Err("the host's kernel does not let processes use WRGSBASE".to_string());
+    }
+    for (there, name) in [
+        (std::arch::is_x86_feature_detected!("bmi1"), "BMI1"),
+        (std::arch::is_x86_feature_detected!("sse4.2"), "SSE4.2"),
+    ] {
+        if !there {
+            return Err(format!("the host's CPU has no {name}"));
+        }
+    }
+    Ok(())
+}
+
+/// Fills the TLB for translated code; 0 if the access can now go on.
+///
+/// # Safety
+/// Called by generated code with the vCPU of its frame, to which nothing else refers.
+unsafe extern "sysv64" fn refill(cpu: *mut Cpu, lin: u64, what: u32) -> u32 {
+    // SAFETY: by the contract; `run` holds no reference to the vCPU while generated code runs.
+    let cpu = unsafe { &mut *cpu };
+    u32::from(!cpu.enter_page(lin, (what & 0xffff) as usize, what >> 31 != 0))
+}
+
+impl Translator {
+    /// A translator without code. The error says what the host lacks.
+    pub fn new(switches: Switches) -> Result<Translator, String> {
+        available()?;
+        let avx = std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("avx2");
+        let mut arena = Arena::new(CAPACITY)?;
+        let mut a = Assembler::new(64);
+        let routines = frame::routines(&mut a, avx, refill);
+        arena.push(&[0xcc; 64]);
+        arena.push(&a.code);
+        let floor = arena.position();
+        let abilities = Abilities { avx, vectors: switches.vectors, interrupt_flag: switches.interrupt_flag };
+        Ok(Translator {
+            arena,
+            stack: Stack::new()?,
+            routines,
+            floor,
+            switches,
+            abilities,
+            info: RefCell::new(InstructionInfoFactory::new()),
+            links: Vec::new(),
+            pending: None,
+            lockstep: false,
+            hot: HOT,
+            interpret_next: false,
+            refuse: HashMap::new(),
+            statistics: Statistics::default(),
+        })
+    }
+
+    /// Translates a block when it is offered for the `hot`th time.
+    pub fn set_hot(&mut self, hot: u32) {
+        self.hot = hot;
+    }
+
+    /// Compares every block with the interpreter from now on.
+    pub fn set_lockstep(&mut self) {
+        self.lockstep = true;
+        self.hot = 1;
+        self.switches.chain = false;
+        self.switches.jump_lookup = false;
+    }
+
+    fn forget_all(&mut self) {
+        self.arena.truncate(self.floor);
+        self.links.clear();
+        self.refuse.clear();
+        self.pending = None;
+        self.statistics.flushes += 1;
+    }
+
+    /// Translates a block, or marks it as one that is not.
+    fn translate(&mut self, cpu: &mut Cpu, b: &mut Block) {
+        if self.arena.room() < RESERVE {
+            cpu.cache.forget_native();
+            cpu.tlb.forget_jumps();
+            self.forget_all();
+        }
+        b.native = [NEVER; 2];
+        let entry = cpu.mem.entry(b.gpa >> 12);
+        let start = (b.gpa & 0xfff) as usize;
+        let len = usize::from(b.len);
+        if b.second_page != NO_PAGE || entry & P2M_PRESENT == 0 || start + len > 0x1000 {
+            self.statistics.untranslatable_blocks += 1;
+            return;
+        }
+        let mut bytes = vec![0u8; len];
+        let from = ((entry & !P2M_FLAGS) as usize + start) as *const u8;
+        // SAFETY: the frame is mapped RAM and the range inside it.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), len) };
+        let info = self.info.get_mut();
+        let start = start as u16;
+        let Some(guests) = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info) else {
+            self.statistics.untranslatable_blocks += 1;
+            return;
+        };
+        let origin = self.arena.position();
+        let switches = emit::Switches {
+            lookup: self.switches.jump_lookup,
+            recipes: self.switches.flag_recipes,
+            groups: self.switches.page_groups,
+        };
+        let emitter =
+            Emitter::new(&guests, start, cpu.mode, origin, self.routines, switches, self.links.len() as u32);
+        let Ok(translated) = emitter.run() else {
+            self.statistics.untranslatable_blocks += 1;
+            return;
+        };
+        self.arena.push(&translated.code);
+        self.links.extend(translated.links);
+        b.native = translated.entry.map(|at| (origin + at) as u32);
+        self.refuse.insert(b.native[0], translated.refuse.map(|at| (origin + at) as u32));
+        self.statistics.translated_blocks += 1;
+        self.statistics.translated_instructions += u64::from(b.count);
+    }
+
+    fn jump_from(&mut self, hole: usize, target: usize) {
+        let relative = target as i64 - (hole as i64 + 4);
+        self.arena.patch(hole, &(relative as i32).to_le_bytes());
+    }
+
+    /// Runs translated code until it ends.
+    fn enter(&mut self, cpu: &mut Cpu, code: u64, until: u64) -> Ran {
+        let frame = self.stack.frame();
+        let budget = until.saturating_sub(cpu.retired).clamp(1, 1 << 30) as i32;
+        let status = cpu.r.flags.to_rflags();
+        let segment = |n: usize| {
+            let s = &cpu.r.seg[n];
+            let flat = ar::S | ar::RW | ar::P;
+            let mask = ar::S | ar::CODE | ar::RW | ar::DC | ar::P | ar::UNUSABLE;
+            s.limit == u32::MAX && s.ar & mask == flat
+        };
+        let sse = cpu.r.cr0 & (cr0::EM | cr0::TS) == 0
+            && cpu.r.cr4 & cr4::OSFXSR != 0
+            && cpu.fpu.mxcsr & 0x1f80 == 0x1f80;
+        let avx = sse && cpu.r.cr4 & cr4::OSXSAVE != 0 && cpu.r.xcr0 & 6 == 6;
+        // SAFETY: the frame is ours, zero or as left by the last run; generated code is not running.
+        let f: &mut Frame = unsafe { &mut *frame };
+        f.flags = (status as u16 & 0xff) << 8 | 2 << 8 | (status >> 11) as u16 & 1;
+        f.vectors = 0;
+        f.vectors_allowed = u8::from(sse) | u8::from(avx) << 1;
+        f.budget = budget;
+        f.code_page = cpu.r.rip & !0xfff;
+        f.rflags = cpu.r.rflags as u32;
+        f.cpl = cpu.cpl;
+        f.segments = u8::from(segment(seg::FS)) | u8::from(segment(seg::GS)) << 1;
+        f.base = [cpu.r.seg[seg::FS].base, cpu.r.seg[seg::GS].base];
+        f.gpr = cpu.r.gpr.as_mut_ptr();
+        f.fpu = &mut cpu.fpu;
+        f.cpu = cpu;
+        f.gs = cpu.tlb.current as u64;
+        f.code = code;
+        // SAFETY: the address is that of the routine, which has this signature.
+        let run: unsafe extern "sysv64" fn(*mut Frame) =
+            unsafe { std::mem::transmute(self.arena.address(self.routines.enter)) };
+        // SAFETY: the frame is complete, and its code is a translation for the vCPU's present mode, valid as
+        // long as its block is. Generated code touches the frame, the registers and vector registers of the
+        // vCPU, its TLB and guest RAM that the TLB gives; it keeps the callee-saved registers and MXCSR. GS is
+        // not used by anything else in this process.
+        unsafe { run(frame) };
+        // SAFETY: as above.
+        let f: &mut Frame = unsafe { &mut *frame };
+        let status = f.flags;
+        cpu.r.flags = Flags::from_rflags(u64::from(status >> 8) | u64::from(status & 1) << 11);
+        let kept = rflags::IF | rflags::DF;
+        cpu.r.rflags = cpu.r.rflags & !kept | u64::from(f.rflags) & kept;
+        let ran = (i64::from(budget) - i64::from(f.budget) + i64::from(f.adjust)).max(0) as u64;
+        cpu.retired += ran;
+        if ran > 0 {
+            cpu.shadow = 0;
+        }
+        self.statistics.native_instructions += ran;
+        self.statistics.exits[f.kind as usize & 7] += 1;
+        cpu.r.rip = if f.kind == exit::LOOKUP { f.rip } else { f.code_page + u64::from(f.offset) };
+        if cpu.mode != Mode::Long64 {
+            cpu.r.rip &= 0xffff_ffff;
+        }
+        match f.kind {
+            exit::SINGLE => Ran::Single,
+            exit::BLOCK => {
+                self.interpret_next = true;
+                Ran::Again
+            }
+            exit::CHAIN => {
+                self.pending = Some((f.link, cpu.r.rip, cpu.cache.exec_key));
+                Ran::Again
+            }
+            _ => Ran::Again,
+        }
+    }
+}
+
+impl Accelerator for Translator {
+    fn supports(&self, mode: Mode, i: &Instruction) -> bool {
+        analysis::guest(i, mode, self.abilities, &mut self.info.borrow_mut()).is_some()
+    }
+
+    unsafe fn run(&mut self, cpu: &mut Cpu, block: *mut Block, until: u64) -> Ran {
+        // SAFETY: by the caller's contract the block is live; nothing else refers to it now.
+        let b = unsafe { &mut *block };
+        let pending = self.pending.take();
+        if std::mem::take(&mut self.interpret_next) {
+            self.statistics.interpreted_blocks += 1;
+            return Ran::Block;
+        }
+        if b.native[0] == 0 {
+            b.offered += 1;
+            if b.offered >= self.hot {
+                self.translate(cpu, b);
+            }
+        }
+        if b.native[0] <= NEVER {
+            self.statistics.interpreted_blocks += 1;
+            return Ran::Block;
+        }
+        if let Some((link, rip, key)) = pending {
+            let here = rip == cpu.r.rip && key == cpu.cache.exec_key;
+            if let Some(&Link { site, target, live }) = self.links.get(link as usize) {
+                if here && self.switches.chain && u64::from(target) == b.gpa & 0xfff {
+                    self.jump_from(site as usize, b.native[usize::from(!live)] as usize);
+                    self.statistics.chained += 1;
+                }
+            }
+        }
+        let code = self.arena.address(b.native[1] as usize);
+        let lin = cpu.r.rip;
+        cpu.tlb.enter_jump(lin, code, cpu.cache.mode_key);
+        self.statistics.entries += 1;
+        if self.lockstep {
+            return self.enter_compared(cpu, block, code);
+        }
+        self.enter(cpu, code, until)
+    }
+
+    fn drop_block(&mut self, block: &mut Block) {
+        let native = std::mem::replace(&mut block.native, [NEVER; 2]);
+        let Some(refuse) = self.refuse.remove(&native[0]) else { return };
+        for (entry, refuse) in native.into_iter().zip(refuse) {
+            self.arena.patch(entry as usize, &[0xe9]);
+            self.jump_from(entry as usize + 1, refuse as usize);
+        }
+    }
+
+    fn flush(&mut self) {
+        self.forget_all();
+    }
+
+    fn statistics(&self) -> Vec<(&'static str, u64)> {
+        let s = &self.statistics;
+        vec![
+            ("translated_blocks", s.translated_blocks),
+            ("translated_instructions", s.translated_instructions),
+            ("untranslatable_blocks", s.untranslatable_blocks),
+            ("native_instructions", s.native_instructions),
+            ("native_entries", s.entries),
+            ("interpreted_blocks", s.interpreted_blocks),
+            ("native_exits_single", s.exits[exit::SINGLE as usize]),
+            ("native_exits_block", s.exits[exit::BLOCK as usize]),
+            ("native_exits_chain", s.exits[exit::CHAIN as usize]),
+            ("native_exits_budget", s.exits[exit::NEXT as usize]),
+            ("native_exits_lookup", s.exits[exit::LOOKUP as usize]),
+            ("chained_jumps", s.chained),
+            ("code_flushes", s.flushes),
+            ("code_bytes", self.arena.used() as u64),
+        ]
+    }
+}
+
+impl Translator {
+    /// The status flags that the manuals define after a block.
+    fn defined_flags(&self, cpu: &Cpu, b: &Block) -> u64 {
+        use iced_x86::RflagsBits as Bits;
+        let mut bytes = vec![0u8; usize::from(b.len)];
+        let _ = cpu.mem.read(b.gpa, &mut bytes);
+        let bitness = if cpu.mode == Mode::Long64 { 64 } else { 32 };
+        let mut undefined = 0;
+        for i in iced_x86::Decoder::new(bitness, &bytes, 0) {
+            undefined = undefined & !i.rflags_modified() | i.rflags_undefined();
+        }
+        let names = [
+            (Bits::CF, rflags::CF),
+            (Bits::PF, rflags::PF),
+            (Bits::AF, rflags::AF),
+            (Bits::ZF, rflags::ZF),
+            (Bits::SF, rflags::SF),
+            (Bits::OF, rflags::OF),
+        ];
+        names.iter().filter(|(bit, _)| undefined & bit == 0).map(|(_, flag)| flag).sum()
+    }
+
+    /// Runs one block translated and interpreted; a difference is a failure of the engine.
+    fn enter_compared(&mut self, cpu: &mut Cpu, block: *mut Block, code: u64) -> Ran {
+        let before = cpu.r.clone();
+        // SAFETY: the block is the one that is run.
+        let judge = unsafe { cpu.rehearse(block) };
+        let retired = cpu.retired;
+        let ran = self.enter(cpu, code, cpu.retired + 1);
+        let done = cpu.retired - retired;
+        let mut differences = Vec::new();
+        // SAFETY: as above.
+        let defined = self.defined_flags(cpu, unsafe { &*block });
+        if done > judge.done {
+            differences.push(format!("translated {done} instructions, interpreted {}", judge.done));
+        } else if done == judge.done {
+            for n in 0..16 {
+                let (a, b) = (cpu.r.gpr[n], judge.registers.gpr[n]);
+                if a != b {
+                    differences.push(format!("register {n}: translated {a:#x}, interpreted {b:#x}"));
+                }
+            }
+            for (what, a, b) in [
+                ("rip", cpu.r.rip, judge.registers.rip),
+                ("flags", cpu.r.flags.to_rflags() & defined, judge.registers.flags.to_rflags() & defined),
+                ("rflags", cpu.r.rflags, judge.registers.rflags),
+                ("mxcsr", u64::from(cpu.fpu.mxcsr), u64::from(judge.vectors.mxcsr)),
+            ] {
+                if a != b {
+                    differences.push(format!("{what}: translated {a:#x}, interpreted {b:#x}"));
+                }
+            }
+            for n in 0..16 {
+                let (a, b) = (cpu.fpu.ymm[n], judge.vectors.ymm[n]);
+                if a != b {
+                    differences.push(format!("ymm{n}: translated {a:02x?}, interpreted {b:02x?}"));
+                }
+            }
+            for (host, new) in &judge.writes {
+                let mut now = vec![0; new.len()];
+                // SAFETY: guest RAM that the interpreter has just written.
+                unsafe { std::ptr::copy_nonoverlapping(*host as *const u8, now.as_mut_ptr(), now.len()) };
+                if now != *new {
+                    differences
+                        .push(format!("memory at {host:#x}: translated {now:02x?}, interpreted {new:02x?}"));
+                }
+            }
+        }
+        if differences.is_empty() {
+            return ran;
+        }
+        // SAFETY: as above.
+        let b = unsafe { &*block };
+        let mut bytes = vec![0u8; usize::from(b.len)];
+        let _ = cpu.mem.read(b.gpa, &mut bytes);
+        let mut text = format!(
+            "translated code differs at rip {:#x}, gpa {:#x}, code {:02x?}: {}; registers before: {:x?}, flags {:#x}",
+            before.rip,
+            b.gpa,
+            bytes,
+            differences.join("; "),
+            &before.gpr[..16],
+            before.flags.to_rflags(),
+        );
+        if judge.done != done {
+            text.push_str(&format!("; done {done} and {}", judge.done));
+        }
+        cpu.pending_exits.push(Exit::Failure { reason: text });
+        cpu.interrupts_changed();
+        ran
+    }
+}
