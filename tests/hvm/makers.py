@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nonroot.devices.ps2 import LENGTH as PS2_LENGTH
+from nonroot.devices.ps2 import Ps2Controller
+from nonroot.devices.vga import LENGTH as VGA_LENGTH
+from nonroot.devices.vga import Vga
+from nonroot.devices.vga_state import MEMORY_SIZE
 from nonroot.hvm.acpi_pm import AcpiPm
 from nonroot.hvm.agent_port import AgentPort
 from nonroot.hvm.clock import ManualClock
@@ -16,7 +21,39 @@ from nonroot.hvm.reset import I8042, ResetControl
 from nonroot.hvm.rtc import Rtc
 from nonroot.hvm.uart import Uart
 
+VIDEO_MEMORY = bytearray(MEMORY_SIZE)
+"""Shared by all adapters whose tests look at registers only."""
 WALL = 1_700_000_000 * 10**9
+
+
+class FakeRam:
+    """A device's memory on no board: what it shows where is remembered."""
+
+    def __init__(self, data: bytearray | None = None) -> None:
+        self.view = memoryview(bytearray(MEMORY_SIZE) if data is None else data)
+        self.size = len(self.view)
+        self.shown: list[tuple[int, int, int]] = []
+        self.dirty: set[int] = set()
+
+    def show(self, address: int, offset: int, length: int, writable: bool = True) -> None:
+        assert (address | offset | length) % 4096 == 0
+        assert 0 <= offset <= offset + length <= self.size
+        assert length > 0
+        self.shown.append((address, offset, length))
+
+    def hide(self, address: int, length: int) -> None:
+        self.shown.remove(next(entry for entry in self.shown if (entry[0], entry[2]) == (address, length)))
+
+    def take_dirty(self) -> set[int]:
+        dirty, self.dirty = self.dirty, set()
+        return dirty
+
+    def find(self, address: int) -> int | None:
+        """Where in the memory a guest-physical address leads; None if nothing is shown there."""
+        for base, offset, length in self.shown:
+            if base <= address < base + length:
+                return offset + address - base
+        return None
 
 
 @dataclass
@@ -66,5 +103,7 @@ KINDS: dict[type, Kind] = {
     ResetControl: Kind(lambda o: ResetControl(o.call, o.event), 2),
     I8042: Kind(lambda o: I8042(o.call, o.event), 2),
     DebugPort: Kind(lambda o: DebugPort(o.sent.append, o.event), 2),
+    Vga: Kind(lambda o: Vga(FakeRam(VIDEO_MEMORY), o.clock, events=o.event), VGA_LENGTH, (1, 2)),
+    Ps2Controller: Kind(lambda o: Ps2Controller(o.clock, o.irq, o.call, o.call, o.event), PS2_LENGTH),
     AgentPort: Kind(lambda o: AgentPort(o.sent.extend, o.call, o.event), 12, (1, 2, 4)),
 }
