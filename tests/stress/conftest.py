@@ -15,7 +15,7 @@ from tests.stress.userland import Guest, boot
 KERNELS = ("cloud-amd64", "686-pae")
 
 
-def _need(flavour: str) -> None:
+def need(flavour: str) -> None:
     try:
         guest = linux(flavour)
     except SoftwareMissingError as error:
@@ -39,6 +39,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=KERNELS)
 def guest(request: pytest.FixtureRequest, engine: str) -> Iterator[Guest]:
     """A guest of each kernel, under each engine."""
-    _need(request.param)
+    need(request.param)
     with boot(engine, request.param) as domain:
         yield Guest(domain)

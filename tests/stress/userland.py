@@ -21,6 +21,7 @@ from nonroot.errors import NonrootError
 from nonroot.guests import cached
 
 SOURCES = Path(__file__).parent / "programs"
+LOAD = Path(__file__).parent / "load"
 FLAGS = ["-O1", "-std=gnu11", "-static", "-msse2", "-fno-strict-aliasing", "-fno-pie", "-no-pie", "-pthread"]
 FLAGS += ["-Wall", "-Wno-infinite-recursion", "-Wno-unknown-warning-option"]
 BITS_FLAGS = {64: ["-m64", "-mno-red-zone"], 32: ["-m32"]}
@@ -47,7 +48,7 @@ def build(name: str, bits: int, folder: Path) -> Path:
     output = folder / f"{name}{bits}"
     if output.exists():
         return output
-    source = SOURCES / f"{name}.c"
+    source = next(folder / f"{name}.c" for folder in (SOURCES, LOAD) if (folder / f"{name}.c").exists())
     command = [compiler, *BITS_FLAGS[bits], *FLAGS, "-o", str(output), str(source), "-lm"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
