@@ -155,7 +155,12 @@ def debian_disk(target: Path, guest: Guest, size: int = 160 * MIB) -> Path:
     blocks = str((size - FIRST_SECTOR * SECTOR) // 1024)
     _run("mke2fs", "-q", "-F", "-t", "ext4", "-O", EXT4_FEATURES, "-E", "root_owner=0:0", "-d", root, partition, blocks)
     core = target.with_suffix(".core")
-    _grub_image(core, "i386-pc", "(hd0,msdos1)/boot/grub", ("biosdisk", "part_msdos", "ext2", "linux", "normal", "configfile", "echo", "test"))
+    _grub_image(
+        core,
+        "i386-pc",
+        "(hd0,msdos1)/boot/grub",
+        ("biosdisk", "part_msdos", "ext2", "linux", "normal", "configfile", "echo", "test"),
+    )
     _assemble(target, core, partition, size)
     shutil.rmtree(root)
     partition.unlink()

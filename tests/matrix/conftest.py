@@ -1,0 +1,62 @@
+"""What the boot matrix runs on: every engine, and the first one once more with scattered memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nonroot.errors import SoftwareMissingError, UnsupportedError
+from nonroot.guests.packages import package
+from tests.matrix.pc import Pc, engines
+
+SCRAMBLE_SEED = 20_250_101
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the PCs of one row of the matrix, and closes them."""
+
+    engine: str
+    scramble: int | None
+    made: list[Pc]
+
+    def __call__(self, **options: object) -> Pc:
+        try:
+            pc = Pc(engine=self.engine, scramble=self.scramble, **options)  # type: ignore[arg-type]
+        except UnsupportedError as error:
+            pytest.skip(str(error))
+        except SoftwareMissingError as error:
+            pytest.skip(str(error))
+        self.made.append(pc)
+        return pc
+
+
+ROWS = [
+    *((name, None) for name in engines()),
+    (engines()[0], SCRAMBLE_SEED),
+]
+
+
+def _row(row: tuple[str, int | None]) -> str:
+    return row[0] if row[1] is None else f"{row[0]}-scrambled"
+
+
+@pytest.fixture(params=ROWS, ids=_row)
+def make(request: pytest.FixtureRequest) -> Iterator[Maker]:
+    """A maker of PCs; the test runs for every row."""
+    engine, scramble = request.param
+    maker = Maker(engine, scramble, [])
+    yield maker
+    for pc in maker.made:
+        pc.close()
+
+
+def fetched(name: str, path: str, architecture: str = "amd64") -> Path:
+    """A file out of a Debian package; the test is skipped where it cannot be had."""
+    try:
+        found = sorted(package(name, architecture).glob(path))
+    except SoftwareMissingError as error:
+        pytest.skip(str(error))
+    assert found, f"{name} has no {path}"
+    return found[-1]

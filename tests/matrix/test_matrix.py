@@ -1,0 +1,170 @@
+"""The boot matrix: systems that know nothing of us boot from disk, CD and floppy, under every engine.
+
+The fast part boots boot loaders and Xen; whole systems are slow.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nonroot.guests import Guest, cached
+from nonroot.hvm.outcome import Reason
+from tests.matrix import media
+from tests.matrix.conftest import Maker, fetched
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(1800)]
+
+MIB = 1 << 20
+RESCUE = "usr/lib/grub-rescue/grub-rescue-"
+MEMTEST = "usr/lib/memtest86+/memtest86+"
+PROMPT = r"^\S*/?\S* # (?!.)"
+
+
+def need(flavour: str) -> Guest:
+    """The fetched guest; in CI its absence is a failure, elsewhere a reason to skip."""
+    guest = cached(flavour)
+    if guest is None or media.missing_tools():
+        message = f"Debian's {flavour} kernel (make guests) or {media.missing_tools()} is not here"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return guest
+
+
+# ── boot loaders and what boots in a second ──
+
+
+def test_grub_rescue_cd(make: Maker) -> None:
+    pc = make(cd=fetched("grub-rescue-pc", RESCUE + "cdrom.iso"), boot="d")
+    pc.wait_screen("GNU GRUB")
+    pc.wait_screen("Press enter to boot")
+    pc.press("c")
+    pc.wait_screen("^grub>")
+    pc.press("ls<ret>")
+    pc.wait_screen(r"^\(cd\)")
+
+
+@pytest.mark.slow
+def test_grub_rescue_floppy(make: Maker) -> None:
+    pc = make(floppy=fetched("grub-rescue-pc", RESCUE + "floppy.img"), boot="a")
+    pc.wait_screen("Press enter to boot")
+    pc.press("c")
+    pc.wait_screen("^grub>")
+    pc.press("ls<ret>")
+    pc.wait_screen(r"^\(fd0\)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["x64", "ia32"])
+def test_memtest(make: Maker, kind: str) -> None:
+    pc = make(cd=fetched("memtest86+", f"{MEMTEST}{kind}.iso"), boot="d")
+    pc.wait_screen(r"Memtest86\+ v")
+    pc.wait_screen(r"Memory *: +12[78]MB")
+    pc.wait_screen("Status: Testing", 120)
+    pc.wait_screen(r"Pattern: 0x[0-9a-f]+", 120)
+    assert re.search(r"Errors: 0\b", pc.text())
+
+
+def test_xen_by_multiboot(make: Maker) -> None:
+    kernel = fetched("xen-hypervisor-4.17-amd64", "boot/xen-4.17-amd64.gz").read_bytes()
+    pc = make(kernel=kernel, cmdline="console=com1 com1=115200 noreboot", memory=256 * MIB)
+    pc.wait_serial(r"\(XEN\) Xen version 4\.17")
+    pc.wait_serial("dom0 kernel not specified")
+
+
+# ── a CD of our own with GRUB ──
+
+GRUB_CONFIG = """\
+set timeout=-1
+menuentry 'Invaders' --hotkey=i { multiboot /invaders }
+menuentry 'Xen' --hotkey=x { multiboot /xen.gz xen console=com1 com1=115200 noreboot }
+"""
+
+
+@pytest.fixture(scope="module")
+def grub_cd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = {
+        "invaders": fetched("grub-invaders", "boot/invaders.exec"),
+        "xen.gz": fetched("xen-hypervisor-4.17-amd64", "boot/xen-4.17-amd64.gz"),
+    }
+    return media.grub_cd(tmp_path_factory.mktemp("grub") / "grub.iso", files, GRUB_CONFIG)
+
+
+@pytest.mark.slow
+def test_invaders_is_played(make: Maker, grub_cd: Path) -> None:
+    pc = make(cd=grub_cd, boot="d")
+    pc.wait_screen("Invaders")
+    pc.press("i")
+    pc.wait_screen(r"-\*- +-\*-")
+    pc.wait_screen(r"/ \\")
+
+    def ship() -> int:
+        return next((row.index("/ \\") for row in reversed(pc.rows()) if "/ \\" in row), -1)
+
+    start = ship()
+    pc.press("<left><left>")
+    pc.run_until(lambda: 0 <= ship() < start, 30, "the ship did not move to the left")
+    pc.press(" ")
+    pc.run_until(lambda: any(row.strip() == "|" or " | " in row for row in pc.rows()), 30, "it did not shoot")
+
+
+@pytest.mark.slow
+def test_xen_by_grub(make: Maker, grub_cd: Path) -> None:
+    pc = make(cd=grub_cd, boot="d", memory=256 * MIB)
+    pc.wait_screen("Invaders")
+    pc.press("x")
+    pc.wait_serial("dom0 kernel not specified", 120)
+
+
+# ── Debian ──
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(flavour: str) -> Path:
+        if flavour not in made:
+            folder = tmp_path_factory.mktemp("disk")
+            made[flavour] = media.debian_disk(folder / f"{flavour}.img", need(flavour))
+        return made[flavour]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["amd64", "686-pae", "686"])
+def test_debian_from_a_disk(make: Maker, disk: Callable[[str], Path], tmp_path: Path, flavour: str) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(disk(flavour).read_bytes())
+    pc = make(disks=[image], boot="c", memory=256 * MIB)
+    pc.wait_screen("Debian from the disk")
+    for number in (0, 1):
+        pc.wait_serial("Linux version 6", 600)
+        pc.wait_serial(f"root file system: {number} boots before", 600)
+        pc.wait_serial("login: ", 120)
+        pc.send("root\n")
+        pc.wait_serial(PROMPT, 120)
+        if number == 0:
+            pc.send("echo written by the first boot > /root/file; sync; uname -r; reboot\n")
+            pc.wait_serial(need(flavour).version)
+    assert pc.machine.resets == 1
+    pc.send("cat /root/file; poweroff\n")
+    pc.wait_serial("^written by the first boot")
+    assert pc.run_to_end(300).reason is Reason.POWER_OFF
+
+
+@pytest.mark.slow
+def test_isolinux(make: Maker, tmp_path: Path) -> None:
+    guest = need("686")
+    assert guest.initrd is not None
+    append = "console=ttyS0,115200 cryptomgr.notests quiet"
+    pc = make(cd=media.isolinux_cd(tmp_path / "linux.iso", guest, guest.initrd, append), boot="d", memory=256 * MIB)
+    pc.wait_serial("ISOLINUX 6", 60)
+    pc.wait_serial(f"nonroot: Linux {guest.version} is up", 600)
+    pc.wait_serial(PROMPT, 60)
+    pc.send("poweroff -f\n")
+    assert pc.run_to_end(120).reason is Reason.POWER_OFF
