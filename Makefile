@@ -71,7 +71,7 @@ test-all: $(STAMPS)/dev
 	$(PYTEST) -m "not soak"
 
 soak: $(STAMPS)/dev guests
-	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS))
+	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only '$(ONLY)')
 
 bench: $(STAMPS)/dev guests
 	$(PY) -m bench.boot $(BENCH)
@@ -92,7 +92,7 @@ check: $(STAMPS)/dev
 		PYO3_NO_PYTHON=1 $(CARGO) check $(MANIFEST) --workspace --exclude nonroot-hostcpu --locked --quiet \
 			--target aarch64-unknown-linux-gnu; \
 	else echo "no standard library for aarch64 (rustup target add aarch64-unknown-linux-gnu): that check is skipped"; fi
-	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight scripts/test_wheel .ci/run; \
+	@if command -v shellcheck >/dev/null; then echo shellcheck; shellcheck scripts/preflight scripts/test_wheel .ci/run tests/stress/load/workload.sh; \
 	else echo "shellcheck is not installed: skipped"; fi
 	@echo "check: all clean"
 

@@ -1,4 +1,4 @@
-"""What the benchmark's guests run: our programs from C sources, a Python from Debian's packages, an initramfs of it all."""
+"""What the benchmark's guests run: our programs, a Python from Debian's packages, an initramfs of it all."""
 
 from __future__ import annotations
 

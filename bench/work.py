@@ -390,12 +390,12 @@ def main() -> int:
 def run(options: argparse.Namespace) -> int:
     if options.pairs < 1 or not 0 < options.scale <= 100 or not options.seconds > 0:
         raise BenchError("--pairs, --scale and --seconds must be positive")
+    wanted = chosen(items(options.scale, options.seconds), options.only)
     systems = options.systems.split(",")
     if unknown := set(systems) - {"nonroot", "qemu", "native"}:
         raise BenchError(f"there is no system {', '.join(sorted(unknown))}; there are nonroot, qemu, native")
     if "qemu" in systems and not shutil.which(QEMU):
         raise BenchError(f"{QEMU} is not installed (Debian's package qemu-system-x86); or --systems nonroot,native")
-    wanted = chosen(items(options.scale, options.seconds), options.only)
     folder = options.output.parent
     folder.mkdir(parents=True, exist_ok=True)
     with progress_bar() as progress:

@@ -40,14 +40,15 @@ def save(record: dict[str, list[int]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="how many rounds in all, counting those already done")
+    parser.add_argument("--only", default="", help="only tests with this in their names")
     parser.add_argument("--restart", action="store_true", help="forget what is done")
     options = parser.parse_args()
     if options.restart:
         RECORD.unlink(missing_ok=True)
     record = load()
-    tests = soak_tests()
+    tests = [test for test in soak_tests() if options.only in test]
     if not tests:
-        print("soak: there are no soak tests")
+        print(f"soak: there are no soak tests{' named so' if options.only else ''}")
         return 0
     failed = 0
     passed = 0

@@ -1,3 +1,4 @@
+#!/bin/sh
 # Rounds of work whose results are printed; the same under every kernel and CPU.
 #   sh workload.sh BUSYBOX PROGRAMS FOLDER FIRST ROUNDS SECONDS [LOAD]
 # PROGRAMS are the chew programs, in one word with commas. Ends after ROUNDS, or when SECONDS are over.
