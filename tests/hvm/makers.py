@@ -3,6 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nonroot.devices.dma8237 import Dma8237
+from nonroot.devices.floppy import FloppyController
+from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
+from nonroot.devices.fw_cfg import FwCfg
+from nonroot.devices.i6300esb import LENGTH as I6300ESB_LENGTH
+from nonroot.devices.i6300esb import I6300Esb
+from nonroot.devices.ide import PiixIde
+from nonroot.devices.pci_device import UNCONNECTED
+from nonroot.devices.piix4_pm import Piix4Pm
 from nonroot.devices.ps2 import LENGTH as PS2_LENGTH
 from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import LENGTH as VGA_LENGTH
@@ -20,6 +29,7 @@ from nonroot.hvm.pit import Pit
 from nonroot.hvm.reset import I8042, ResetControl
 from nonroot.hvm.rtc import Rtc
 from nonroot.hvm.uart import Uart
+from tests.storage.parts import FakeMemory, make_floppy, make_ide
 
 VIDEO_MEMORY = bytearray(MEMORY_SIZE)
 """Shared by all adapters whose tests look at registers only."""
@@ -105,5 +115,15 @@ KINDS: dict[type, Kind] = {
     DebugPort: Kind(lambda o: DebugPort(o.sent.append, o.event), 2),
     Vga: Kind(lambda o: Vga(FakeRam(VIDEO_MEMORY), o.clock, events=o.event), VGA_LENGTH, (1, 2)),
     Ps2Controller: Kind(lambda o: Ps2Controller(o.clock, o.irq, o.call, o.call, o.event), PS2_LENGTH),
+    FwCfg: Kind(
+        lambda o: FwCfg({5: b"\1\0"}, {"etc/one": bytes(range(200)), "two": b""}, UNCONNECTED.dma, o.event),
+        FW_CFG_LENGTH,
+        (1, 2, 4),
+    ),
+    Piix4Pm: Kind(lambda o: Piix4Pm(), 1),
+    I6300Esb: Kind(lambda o: I6300Esb(o.clock, o.call, events=o.event), I6300ESB_LENGTH, (1, 2, 4)),
+    PiixIde: Kind(lambda o: make_ide(o.clock, o.irq, o.event), 0x30, (1, 2, 4)),
+    Dma8237: Kind(lambda o: Dma8237(FakeMemory(), o.event), 0x40),
+    FloppyController: Kind(lambda o: make_floppy(o.clock, o.irq, o.event), 8),
     AgentPort: Kind(lambda o: AgentPort(o.sent.extend, o.call, o.event), 12, (1, 2, 4)),
 }

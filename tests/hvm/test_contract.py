@@ -77,6 +77,9 @@ def poke(device: Any, value: int) -> None:
     if hasattr(device, "key"):
         device.key(value & 0xFF, bool(value & 0x100))
         device.move(value % 700 - 350, value // 700 % 700 - 350, value >> 24 & 3, value >> 20 & 7)
+    if hasattr(device, "config_write") and hasattr(device, "config_read"):
+        device.config_write(value & 0xFC, 4, value >> 3)
+        assert 0 <= device.config_read(value >> 8 & 0xFC, 4) < 1 << 32
     if hasattr(device, "press_power_button"):
         device.press_power_button()
 
