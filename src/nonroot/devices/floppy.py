@@ -490,7 +490,8 @@ class FloppyController:
 
     def state(self) -> FloppyState:
         """Everything but the media."""
-        return FloppyState(**{name: getattr(self, name) for name in FIELDS})
+        values = {name: getattr(self, name) for name in FIELDS}
+        return FloppyState(**{**values, "phase": int(self.phase)})
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply. A request that was on its way is made again."""
