@@ -8,6 +8,7 @@ python -m tests.stress.userland --engine interpret --only random_code --bits 64 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -59,24 +60,32 @@ def build(name: str, bits: int, folder: Path) -> Path:
 
 
 def _has_library(compiler: str, bits: int) -> bool:
+    return _smallest(compiler, bits, run=False)
+
+
+@functools.cache
+def runs_here(bits: int) -> bool:
+    """Whether this machine's kernel runs programs of that size."""
+    return _smallest(os.environ.get("CC") or "gcc", bits, run=True)
+
+
+def _smallest(compiler: str, bits: int, run: bool) -> bool:
+    """Whether the smallest program that uses the C library can be built, and run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, f"-m{bits}", "-static", "-x", "c", "-", "-o", f"{folder}/empty"]
+        program = f"{folder}/smallest"
+        command = [compiler, f"-m{bits}", "-static", "-x", "c", "-", "-o", program]
         source = '#include <stdio.h>\nint main(void) { return puts("") < 0; }\n'
-        return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
+        if subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode:
+            return False
+        try:
+            return not run or subprocess.run([program], capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
 
 
 def cpu_flags(cpuinfo: str) -> frozenset[str]:
     line = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
-
-
-def runs_here(program: Path) -> bool:
-    """Whether this machine's kernel runs a program of that kind."""
-    try:
-        subprocess.run([program, "0"], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)

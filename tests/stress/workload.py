@@ -30,7 +30,7 @@ def chewers(bits: int, folder: Path) -> list[Path]:
             other = build("chew", 32, folder)
         except CannotBuildError:
             return programs
-        if runs_here(other):
+        if runs_here(32):
             programs.append(other)
     return programs
 
