@@ -64,6 +64,7 @@ def work(guest: Guest, folder: Path, *, first: int, rounds: int, seconds: int) -
 
 def _here(busybox: Path, programs: list[Path], first: int, rounds: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [busybox, "sh", SCRIPT, busybox, ",".join(map(str, programs)), folder, str(first), str(rounds)]
+        names = ",".join(map(str, programs))
+        command = [str(busybox), "sh", str(SCRIPT), str(busybox), names, folder, str(first), str(rounds)]
         result = subprocess.run([*command, "1000000"], capture_output=True, text=True, check=True)
     return result.stdout.splitlines()
