@@ -20,9 +20,9 @@ REGION: Final = 1 << 15
 
 def scratch_folder() -> str:
     """Where throw-away layers lie: ``$TMPDIR``, else /var/tmp (on a disk, as a rule), else the temporary folder."""
-    if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK | os.X_OK):
-        return "/var/tmp"
-    return tempfile.gettempdir()
+    if wanted := os.environ.get("TMPDIR"):
+        return wanted
+    return "/var/tmp" if os.access("/var/tmp", os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
 class OverlayImage:

@@ -95,7 +95,12 @@ def open_foreign(path: str, format_name: str, read_only: bool, backing: bool, wh
         sock.connect(f"{folder}/socket")
     messages = tempfile.TemporaryFile(prefix="nonroot-nbd-")  # noqa: SIM115 - closed below
     with listener, messages:
-        process = _start(program, listener, path, format_name, read_only, messages.fileno())
+        try:
+            process = _start(program, listener, path, format_name, read_only, messages.fileno())
+        except BaseException:
+            sock.close()
+            raise
+        listener.close()  # so that the end of the daemon ends the connection
         try:
             image = NbdImage(sock, EXPORT, read_only)
         except NbdError:
