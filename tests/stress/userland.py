@@ -104,7 +104,10 @@ class Guest:
         self._copied: set[str] = set()
         guest = cpu_flags(domain.run(["cat", "/proc/cpuinfo"], check=True).stdout)
         common = guest & cpu_flags(Path("/proc/cpuinfo").read_text())
-        self.environment = {"STRESS_FEATURES": "".join(f" {name} " for name in FEATURES if name in common)}
+        names = [name for name in FEATURES if name in common]
+        if "cloud" not in domain.run(["uname", "-r"], check=True).stdout:  # those kernels have no 16-bit segments
+            names.append("code16")
+        self.environment = {"STRESS_FEATURES": "".join(f" {name} " for name in names)}
 
     def here(self, program: Path, *arguments: str) -> Outcome:
         environment = {"PATH": "/bin:/usr/bin", **self.environment}
