@@ -5,6 +5,7 @@
 #   make test      the tests, at most 5 minutes
 #   make check     formats, lints, types, import rules, unused dependencies
 #   make test-all  every test but the soak ones, at most 40 minutes
+#   make matrix    the boot matrix: systems from disk, CD and floppy
 #   make soak      the long loops; can be interrupted and resumed
 #   make bench     the boot, the cost of VM exits and work in guests, side by side with QEMU's software CPU
 #   make wheel     one abi3 wheel in dist/
@@ -22,7 +23,7 @@ CARGO        := cargo
 MANIFEST     := --manifest-path rust/Cargo.toml
 ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
 
-.PHONY: demo test check test-all soak bench wheel clean engine dev guests cargo-test
+.PHONY: demo test check test-all matrix soak bench wheel clean engine dev guests cargo-test
 .DEFAULT_GOAL := demo
 
 $(STAMPS)/venv: scripts/preflight
@@ -69,6 +70,11 @@ test-all: $(STAMPS)/dev
 	@$(PY) -m nonroot.guests fetch cloud-amd64 amd64 686-pae 686 || true
 	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --locked --quiet
 	$(PYTEST) -m "not soak"
+
+# Systems boot from disk, CD and floppy, on every engine; FAST=1 leaves out whole systems.
+matrix: $(STAMPS)/dev
+	@$(PY) -m nonroot.guests fetch amd64 686-pae 686 || true
+	$(PYTEST) tests/matrix $(if $(FAST),-m "not slow")
 
 soak: $(STAMPS)/dev guests
 	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only '$(ONLY)')

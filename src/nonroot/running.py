@@ -48,6 +48,14 @@ class RunningDomain(HasScreen):
         """``created``, ``running``, ``paused`` or ``stopped``."""
         return str(self._client.request("stats", 60)["state"])
 
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down by its power button; whether it does is its own decision."""
+        self._client.request("power_button", 60)
+
+    def reset(self) -> None:
+        """Press the reset button: a guest of firmware starts again, any other ends."""
+        self._client.request("reset", 60)
+
 
 def connect(name: str) -> RunningDomain:
     """Connect to the running domain of that name. NotRunningError if there is none."""

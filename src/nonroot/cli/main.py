@@ -21,6 +21,8 @@ COMMANDS = {
     "screenshot": ("nonroot.cli.display", "screenshot", "Save a picture of a domain's screen."),
     "type": ("nonroot.cli.display", "type_keys", "Type on a domain's keyboard."),
     "vncviewer": ("nonroot.cli.display", "vncviewer", "Look at a domain's screen and operate it."),
+    "power-button": ("nonroot.cli.power", "power_button", "Press a domain's power button."),
+    "reset": ("nonroot.cli.power", "reset", "Press a domain's reset button."),
     "doctor": ("nonroot.cli.tools", "doctor", "Show what this machine has, and what nonroot makes of it."),
     "completion": ("nonroot.cli.tools", "completion", "Print the shell's completion script."),
 }
