@@ -40,7 +40,7 @@ class Firmware:
     """What a machine starts in."""
 
     image: bytes
-    """The ROM, as it lies at the end of the 32-bit addresses; 128 KiB, 256 KiB, 512 KiB or 1 MiB."""
+    """The ROM, as it lies at the end of the 32-bit addresses; a power of two from 128 KiB to 4 MiB."""
     boot: str = "cd"
     """What to boot from, in order: a floppy, c disk, d CD."""
     boot_menu: bool = False

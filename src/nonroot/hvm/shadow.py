@@ -14,7 +14,7 @@ from nonroot.hvm.memory_map import FIRMWARE_END, PAGE_SIZE, VGA_END
 
 __all__ = ["FIRMWARE_SIZES", "ShadowRam"]
 
-FIRMWARE_SIZES: Final = (128 << 10, 256 << 10, 512 << 10, 1 << 20)
+FIRMWARE_SIZES: Final = tuple(128 << 10 + doubling for doubling in range(6))
 """Bytes that a firmware image can have."""
 ISA_WINDOW: Final = 128 << 10
 """The image's end is seen below 1 MiB too, so much of it."""
