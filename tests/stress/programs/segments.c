@@ -1,5 +1,5 @@
 /* Segments of a local descriptor table: data with a base and a limit, code with a base, 16-bit code where the kernel allows it,
- * and in a 64-bit program 32-bit code. The same bytes at the same place mean something else in each. */
+ * and in a 64-bit program 32-bit code. With an argument, 32-bit programs try a code segment's limit instead. The same bytes at the same place mean something else in each. */
 #include "common.h"
 
 #include <asm/ldt.h>
@@ -161,22 +161,38 @@ static void code(void)
         hash = mix(hash, call(0x23, (uint32_t)(word)(area + 2000 + i), 3 + i % 4));
     }
     say("compatibility mode", hash);
-#else
-    /* The limit of a code segment. */
+#endif
+}
+
+#ifdef __i386__
+/* The limit of a code segment, which cuts the code's last byte off. */
+static void code_limit(void)
+{
+    static const uint8_t code32[] = {0xb8, 0x48, 0x11, 0x22, 0x33, 0xcb};
+    if (mprotect(area, sizeof area, RWX))
+        die("mprotect");
     memcpy(area + 64, code32, sizeof code32);
     set_entry(6, (word)area, 64 + sizeof code32 - 2, 1, 1);
     for (int i = 0; i < 3; i++)
         if (expected = 1, sigsetjmp(back, 1) == 0)
             say("not over the limit", call(SELECTOR(6), 64, 1));
-#endif
 }
+#endif
 
-int main(void)
+int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0);
+    (void)argv;
     stack_t other = {.ss_sp = malloc(65536), .ss_size = 65536};
     sigaltstack(&other, NULL);
     catch_signal(SIGSEGV, faulted, SA_ONSTACK | SA_NODEFER);
+    if (argc > 1) {
+#ifdef __i386__
+        printf("%s\n", argv[1]);
+        code_limit();
+#endif
+        return 0;
+    }
     data();
     code();
     return 0;
