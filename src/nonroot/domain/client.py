@@ -211,6 +211,10 @@ class DomainClient:
             theirs.close()
         started.set()
         self._read_only()
+        if self._process is not None:
+            # The process dies with this thread; it shall have the time to leave the list of running domains.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(2)
 
     def _read_only(self) -> None:
         try:

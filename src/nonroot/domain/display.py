@@ -41,8 +41,8 @@ class Seat:
     """A read-only descriptor of the adapter's memory."""
     progress: Callable[[], int]
     """Counts the guest's instructions: the same as last time, and nothing has been drawn."""
-    watch_wake: Callable[[], object]
-    """Ask to be told once, when the halted guest goes on."""
+    watch: Callable[[], object]
+    """Ask to be told once, when the guest has gone on."""
     serial: int = 1
     seen: int = -1
     ran: int = -1
@@ -53,7 +53,7 @@ class Seat:
         ran = self.progress()
         idle, self.ran = ran == self.ran, ran
         if idle:
-            self.watch_wake()
+            self.watch()
         damage = vga.memory.take_damage()
         changed = vga.changes != self.seen
         self.seen = vga.changes
@@ -104,6 +104,7 @@ class DisplayService:
         self._call = call
         self._waiters: list[tuple[Client, int, int]] = []
         self._looking = False
+        self._over: NonrootError | None = None
         self.due: float | None = None
         """When (time.monotonic) :meth:`look` wants to be called; None: not at all."""
 
@@ -180,6 +181,12 @@ class DisplayService:
 
     # ── waiting for a change ──
 
+    def over(self, error: NonrootError) -> None:
+        """The guest has stopped: after what has changed last, waiting is in vain."""
+        self._over = error
+        if self._waiters and not self._looking:
+            self.due = time.monotonic()
+
     def forget(self, client: Client) -> None:
         """A client has gone."""
         self._waiters = [waiter for waiter in self._waiters if waiter[0] is not client]
@@ -208,10 +215,14 @@ class DisplayService:
                 client.reply(request, record)
         if not self._waiters:
             return
-        if not result.idle:
+        if self._over is not None and result.idle:
+            for client, request, _ in self._waiters:
+                client.fail(request, self._over)
+            self._waiters.clear()
+        elif not result.idle:
             self.due = time.monotonic() + LOOK_EVERY
 
-    def woken(self) -> None:
-        """The guest goes on after a halt."""
+    def goes_on(self) -> None:
+        """The guest runs again."""
         if self._waiters and self.due is None and not self._looking:
             self.due = time.monotonic() + LOOK_EVERY

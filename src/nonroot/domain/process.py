@@ -483,9 +483,9 @@ class DomainProcess(DisplayRequests):
             elif kind == "answer":
                 callback, result = content
                 callback(result)
-            elif kind == "wake":
+            elif kind == "progress":
                 if self._display is not None:
-                    self._display.woken()
+                    self._display.goes_on()
             elif kind == "stopped":
                 self._has_stopped(content)
 
@@ -568,6 +568,8 @@ class DomainProcess(DisplayRequests):
             self._session.lost(error)
         if reason in ("poweroff", "reset"):
             self._stop_error = DomainStoppedError(f"the domain has stopped: {message}", reason=reason, console=console)
+        if self._display is not None:
+            self._display.over(self._stop_error)
         for connection, request in self._stop_waiters:
             connection.reply(request, self._stopped)
         self._stop_waiters.clear()

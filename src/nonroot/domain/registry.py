@@ -104,7 +104,7 @@ class Registration:
     def listen(self) -> socket.socket:
         """A listening socket that only this user can reach."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o077)
+        mask = os.umask(0o177)
         try:
             listener.bind(os.fspath(self.socket_path))
         finally:

@@ -125,10 +125,10 @@ class Runner:
         if vga is None or ps2 is None or not isinstance(vga.ram, BoardRam):
             return None
 
-        def watch_wake() -> None:
-            machine.on_wake = lambda: self.mailbox.post("wake")
+        def watch() -> None:
+            machine.watch_progress(lambda: self.mailbox.post("progress"))
 
-        return Seat(Seated(vga, ps2), machine.memory_files[vga.ram.file], machine.vcpu.retired, watch_wake)
+        return Seat(Seated(vga, ps2), machine.memory_files[vga.ram.file], machine.vcpu.retired, watch)
 
     # ── for the process's loop ──
 

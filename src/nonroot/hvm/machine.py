@@ -159,8 +159,8 @@ class Machine:
         self._stop_requested = False
         self._paused = 0
         self._pause = Condition()
-        self.on_wake: Callable[[], object] | None = None
-        """Called once, when the halted guest goes on; set and called in the vCPU's thread."""
+        self._on_progress: Callable[[], object] | None = None
+        self._progress_mark = 0
         self._deadline: int | None = None
         self._wire(config, outputs)
         self._power_on_state = self.vcpu.state()
@@ -386,6 +386,9 @@ class Machine:
                 self.outcome = Outcome(Reason.FAILURE, f"the engine made an unknown exit: {exit_!r}")
                 break
             counts[kind] += 1
+            if self._on_progress is not None and vcpu.retired() != self._progress_mark:
+                tell, self._on_progress = self._on_progress, None
+                tell()
             outcome = handler(exit_, self, vcpu)
             if outcome is not None:
                 self.outcome = outcome
@@ -399,6 +402,11 @@ class Machine:
             buffer.flush()
         return outcome
 
+    def watch_progress(self, tell: Callable[[], object]) -> None:
+        """Call ``tell`` once, at the first exit after the guest has gone on. In the vCPU's thread, as ``tell`` is."""
+        self._progress_mark = self.vcpu.retired()
+        self._on_progress = tell
+
     def idle(self, vcpu: Vcpu) -> None:
         """The vCPU has halted: sleep until it has something to do. In virtual time nothing sleeps, time moves on."""
         for buffer in self._buffers:
@@ -407,9 +415,6 @@ class Machine:
             if self.clock.dirty:
                 self._plan_deadline()
             if vcpu.wait(self._deadline):
-                if self.on_wake is not None:
-                    wake, self.on_wake = self.on_wake, None
-                    wake()
                 return
             self._advance()
             if self._posted or self._paused or self.outcome is not None:
