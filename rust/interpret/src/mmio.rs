@@ -67,6 +67,11 @@ impl Cpu {
     /// Loads from MMIO space (never crossing a page).
     #[cold]
     pub fn mmio_load(&mut self, gpa: u64, out: &mut [u8]) -> X {
+        if self.write_log.is_some() {
+            // A rehearsal goes no further: devices would notice.
+            self.stop = Some(StopReason::Restart);
+            return Err(Stop);
+        }
         if self.is_lapic(gpa) {
             let now = self.now_ns();
             let word = self.lapic.mmio_read(gpa as u32 & 0xff0, now).to_le_bytes();
@@ -92,6 +97,11 @@ impl Cpu {
     /// Stores to MMIO space (never crossing a page).
     #[cold]
     pub fn mmio_store(&mut self, gpa: u64, data: &[u8]) -> X {
+        if self.write_log.is_some() {
+            // A rehearsal goes no further: devices would notice.
+            self.stop = Some(StopReason::Restart);
+            return Err(Stop);
+        }
         if self.is_lapic(gpa) {
             let offset = gpa as u32 & 0xfff;
             if offset & 15 == 0 && data.len() == 4 {

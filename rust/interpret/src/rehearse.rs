@@ -47,8 +47,14 @@ impl Cpu {
         let (ops, count) = unsafe { (&(&(*b).ops)[..], u64::from((*b).count)) };
         let mut done = count;
         let mut complete = true;
+        // Of the writes those of completed instructions count.
+        let mut kept = 0;
         for op in ops {
-            if (op.run)(self, op).is_err() {
+            let logged = |cpu: &Cpu| cpu.write_log.as_ref().map_or(0, Vec::len);
+            kept = logged(self);
+            if (op.run)(self, op).is_ok() {
+                kept = logged(self);
+            } else {
                 done = u64::from(op.index);
                 complete = false;
                 self.r.rip = self.block_rip(op.offset);
@@ -61,7 +67,7 @@ impl Cpu {
         self.tlb.select(self.tlb.context);
         let mut log = self.write_log.take().unwrap_or_default();
         let mut writes = Vec::with_capacity(log.len());
-        for (host, old) in &log {
+        for (host, old) in &log[..kept] {
             let mut new = vec![0; old.len()];
             // SAFETY: guest RAM that this block has written.
             unsafe { std::ptr::copy_nonoverlapping(*host as *const u8, new.as_mut_ptr(), new.len()) };

@@ -60,7 +60,7 @@ pub enum Kind {
         /// IDIV.
         signed: bool,
     },
-    /// MOVZX from, or MOV to a byte register from, AH, CH, DH, BH.
+    /// MOVZX from, MOV to a byte register from, or a comparison with a constant of AH, CH, DH, BH.
     HighByte,
     /// CLI.
     Cli,
@@ -515,6 +515,13 @@ pub fn guest(
         Cld if abilities.interrupt_flag => Kind::Cld,
         Pushfq if abilities.interrupt_flag => Kind::Pushf,
         Movzx if high_byte(i.op1_register()) && i.op0_register().size() >= 4 => Kind::HighByte,
+        Test | Cmp
+            if i.op0_kind() == OpKind::Register
+                && high_byte(i.op0_register())
+                && i.op1_kind() == OpKind::Immediate8 =>
+        {
+            Kind::HighByte
+        }
         Mov if i.op1_kind() == OpKind::Register
             && high_byte(i.op1_register())
             && i.op0_kind() == OpKind::Register

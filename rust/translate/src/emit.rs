@@ -131,6 +131,8 @@ pub struct Link {
     pub target: u16,
     /// It arrives with the flags in the host's.
     pub live: bool,
+    /// Offset in the arena of the code that leaves instead.
+    pub stub: u32,
 }
 
 /// A translated block.
@@ -986,7 +988,8 @@ impl<'a> Emitter<'a> {
     }
 
     fn high_byte(&mut self, g: &Guest) -> Emitted {
-        let source = g.i.op1_register();
+        let compares = matches!(g.i.mnemonic(), Mnemonic::Test | Mnemonic::Cmp);
+        let source = if compares { g.i.op0_register() } else { g.i.op1_register() };
         let guest = match source {
             Register::AH => 0u8,
             Register::CH => 1,
@@ -996,6 +999,14 @@ impl<'a> Emitter<'a> {
         self.group = None;
         let reg = self.value(guest, RAX);
         self.a.mov(RAX, reg);
+        if compares {
+            self.flags_before(g);
+            let mut i = g.i;
+            i.set_op0_register(Register::AH);
+            self.raw(&i)?;
+            self.flags = Flags::Live(None);
+            return Ok(());
+        }
         self.a.bytes(&[0x0f, 0xb6, 0xc4]); // movzx eax, ah
         let dst = analysis::number(g.i.op0_register()).ok_or("no destination")?;
         if g.i.mnemonic() == Mnemonic::Movzx {
@@ -1363,7 +1374,8 @@ impl<'a> Emitter<'a> {
             Cold::Link { from, target, live } => {
                 self.a.fill(from, here);
                 let number = self.first_link + self.links.len() as u32;
-                self.links.push(Link { site: (self.a.origin + from.0) as u32, target, live });
+                let at = |offset: usize| (self.a.origin + offset) as u32;
+                self.links.push(Link { site: at(from.0), target, live, stub: at(here) });
                 self.a.store_imm(field!(link), number as i32);
                 self.boundary(exit::CHAIN, target, live);
             }

@@ -59,6 +59,8 @@ pub struct Translator {
     hot: u32,
     /// The next block is the interpreter's.
     interpret_next: bool,
+    /// Links that lead to each block, by its first entry.
+    incoming: HashMap<u32, Vec<u32>>,
     /// Where each block's entries are turned away to when it is dropped.
     refuse: HashMap<u32, [u32; 2]>,
     statistics: Statistics,
@@ -117,6 +119,7 @@ impl Translator {
             lockstep: false,
             hot: HOT,
             interpret_next: false,
+            incoming: HashMap::new(),
             refuse: HashMap::new(),
             statistics: Statistics::default(),
         })
@@ -139,6 +142,7 @@ impl Translator {
         self.arena.truncate(self.floor);
         self.links.clear();
         self.refuse.clear();
+        self.incoming.clear();
         self.pending = None;
         self.statistics.flushes += 1;
     }
@@ -289,9 +293,10 @@ impl Accelerator for Translator {
         }
         if let Some((link, rip, key)) = pending {
             let here = rip == cpu.r.rip && key == cpu.cache.exec_key;
-            if let Some(&Link { site, target, live }) = self.links.get(link as usize) {
+            if let Some(&Link { site, target, live, .. }) = self.links.get(link as usize) {
                 if here && self.switches.chain && u64::from(target) == b.gpa & 0xfff {
                     self.jump_from(site as usize, b.native[usize::from(!live)] as usize);
+                    self.incoming.entry(b.native[0]).or_default().push(link);
                     self.statistics.chained += 1;
                 }
             }
@@ -309,6 +314,10 @@ impl Accelerator for Translator {
     fn drop_block(&mut self, block: &mut Block) {
         let native = std::mem::replace(&mut block.native, [NEVER; 2]);
         let Some(refuse) = self.refuse.remove(&native[0]) else { return };
+        for link in self.incoming.remove(&native[0]).unwrap_or_default() {
+            let Link { site, stub, .. } = self.links[link as usize];
+            self.jump_from(site as usize, stub as usize);
+        }
         for (entry, refuse) in native.into_iter().zip(refuse) {
             self.arena.patch(entry as usize, &[0xe9]);
             self.jump_from(entry as usize + 1, refuse as usize);
