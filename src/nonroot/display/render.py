@@ -8,13 +8,14 @@ from typing import Final
 
 from PIL import Image, ImageChops
 
-from nonroot.devices.vga_state import VRAM_SIZE, Picture, PictureKind, VgaState, picture
+from nonroot.devices.vga_state import SHADOW, SHADOW_SIZE, VRAM_SIZE, Picture, PictureKind, VgaState, picture
 from nonroot.display.text import Memory, cells
 
 __all__ = ["Renderer"]
 
 DAC_8BIT: Final = 0x20
 ENABLE: Final = 4
+LEGACY_SIZE: Final = 256 << 10
 GLYPHS_KEPT: Final = 8192
 _FONT_PLACES: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 _PACKED: Final = {15: "BGR;15", 16: "BGR;16", 24: "BGR", 32: "BGRX"}
@@ -69,12 +70,13 @@ class Renderer:
         if shown.kind is PictureKind.TEXT:
             indices = self._text(state, shown)
             return _coloured(indices, attribute_palette(state))
+        memory = _planes(self._memory) if state.shadow else self._memory
         if shown.kind is PictureKind.CHAINED:
-            data = self._lines(shown, shown.width)
+            data = _lines(memory, shown, shown.width)
             return _coloured(Image.frombytes("L", size, data), dac_palette(state))
         if shown.kind is PictureKind.CGA:
-            return _coloured(self._cga(shown), attribute_palette(state))
-        data = self._lines(shown, shown.width // 8 * 4)
+            return _coloured(_cga(memory, shown), attribute_palette(state))
+        data = _lines(memory, shown, shown.width // 8 * 4)
         return _coloured(_planar(size, data), attribute_palette(state))
 
     # ── graphics ──
@@ -87,26 +89,6 @@ class Renderer:
             indices = Image.frombytes("L", size, data, "raw", "L", shown.stride, 1)
             return _coloured(indices, dac_palette(state))
         return Image.frombytes("RGB", size, data, "raw", _PACKED[shown.bits], shown.stride, 1)
-
-    def _lines(self, shown: Picture, length: int) -> bytes:
-        """``length`` bytes of each row of a legacy mode."""
-        memory = self._memory
-        addresses = list(_row_addresses(shown))
-        step = shown.stride
-        if step == length and addresses == list(range(addresses[0], addresses[0] + len(addresses) * step, step)):
-            data = bytes(memory[addresses[0] : addresses[0] + length * shown.height])
-        else:
-            data = b"".join(bytes(memory[at : at + length]).ljust(length, b"\0") for at in addresses)
-        return data.ljust(length * shown.height, b"\0")
-
-    def _cga(self, shown: Picture) -> Image.Image:
-        data = self._lines(shown, shown.width // 2)
-        pairs = bytearray(len(data) // 2)
-        pairs[0::2], pairs[1::2] = data[0::4], data[1::4]
-        pixels = bytearray(len(pairs) * 4)
-        for place, table in enumerate(_PAIRS):
-            pixels[place::4] = pairs.translate(table)
-        return Image.frombytes("L", (shown.width, shown.height), bytes(pixels))
 
     # ── text ──
 
@@ -170,6 +152,35 @@ class Renderer:
         result = canvas.copy()
         result.paste(colour, (x, y + top, x + shown.cell_width, y + bottom + 1))
         return result
+
+
+def _planes(memory: Memory) -> bytes:
+    """The legacy planes, with the text window's memory where it belongs."""
+    planes = bytearray(memory[:LEGACY_SIZE])
+    planes[0 : 2 * SHADOW_SIZE : 4] = memory[SHADOW : SHADOW + SHADOW_SIZE : 2]
+    planes[1 : 2 * SHADOW_SIZE : 4] = memory[SHADOW + 1 : SHADOW + SHADOW_SIZE : 2]
+    return bytes(planes)
+
+
+def _lines(memory: Memory, shown: Picture, length: int) -> bytes:
+    """``length`` bytes of each row of a legacy mode."""
+    addresses = list(_row_addresses(shown))
+    step = shown.stride
+    if step == length and addresses == list(range(addresses[0], addresses[0] + len(addresses) * step, step)):
+        data = bytes(memory[addresses[0] : addresses[0] + length * shown.height])
+    else:
+        data = b"".join(bytes(memory[at : at + length]).ljust(length, b"\0") for at in addresses)
+    return data.ljust(length * shown.height, b"\0")
+
+
+def _cga(memory: Memory, shown: Picture) -> Image.Image:
+    data = _lines(memory, shown, shown.width // 2)
+    pairs = bytearray(len(data) // 2)
+    pairs[0::2], pairs[1::2] = data[0::4], data[1::4]
+    pixels = bytearray(len(pairs) * 4)
+    for place, table in enumerate(_PAIRS):
+        pixels[place::4] = pairs.translate(table)
+    return Image.frombytes("L", (shown.width, shown.height), bytes(pixels))
 
 
 def _row_addresses(shown: Picture) -> Iterator[int]:

@@ -88,7 +88,7 @@ def _is_shown(state: VgaState, damage: list[tuple[int, int]]) -> bool:
     shown = picture(state)
     if shown.is_text and state.shadow:
         low, high = SHADOW, SHADOW + SHADOW_SIZE
-    elif shown.is_text or shown.split < shown.height or shown.row_bits:
+    elif shown.is_text or state.shadow or shown.split < shown.height or shown.row_bits:
         return True
     else:
         low, high = shown.start, shown.start + shown.extent()
