@@ -46,6 +46,8 @@ __all__ = ["Domain", "Statistics", "Stopped"]
 
 SEABIOS = "seabios"
 """The name of the BIOS that is fetched."""
+OVMF = "ovmf"
+"""The name of the UEFI firmware that is fetched."""
 
 DEFAULT_ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -146,7 +148,7 @@ class Domain(HasScreen):
         :param scramble_seed: put every frame of guest memory at a random place of its file; for tests.
         :param agent_ports: let the agent use its I/O ports; without them it uses the second serial port, slowly.
         :param off: names of the engine's optimisations to switch off.
-        :param firmware: start in a BIOS instead of a kernel: ``"seabios"`` (fetched), or an image's path.
+        :param firmware: start in firmware, not a kernel: ``"seabios"`` or ``"ovmf"`` (fetched), or an image's path.
         :param disks: disk images, each a path or text ``IMG[,ro][,overlay][,backing][,format=NAME]``. A domain
             with drives and without ``kernel`` and ``flavour`` starts in the firmware ``"seabios"``.
         :param cdrom: a CD image or several; ``"none"`` is an empty drive.
@@ -588,13 +590,15 @@ class Domain(HasScreen):
 
     def _find_firmware(self, firmware: str) -> None:
         """A name stands for firmware that is fetched; anything else is a file."""
-        from nonroot.guests.packages import seabios
+        from nonroot.guests.packages import ovmf, seabios
 
         options = self._options
         options.agent = False
         if firmware == SEABIOS:
             found = seabios(progress=self._fetch_progress, allow_fetch=self._fetch)
             options.firmware, options.vga_bios = os.fspath(found.image), os.fspath(found.vga)
+        elif firmware == OVMF:
+            options.firmware = os.fspath(ovmf(progress=self._fetch_progress, allow_fetch=self._fetch))
         else:
             options.firmware = _absolute(firmware)
             with contextlib.suppress(SoftwareMissingError):

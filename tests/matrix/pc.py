@@ -67,7 +67,7 @@ class Pc:
         self._strokes: deque[tuple[int, bool]] = deque()
         self.outcome: Outcome | None = None
         self._direct = "kernel" in config
-        if not self._direct:
+        if not self._direct and "firmware" not in config:
             bios = seabios()
             roms = {VGA_ROM: bios.vga.read_bytes()}
             config["firmware"] = Firmware(bios.image.read_bytes(), boot, option_roms=roms)

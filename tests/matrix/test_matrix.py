@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nonroot.guests import Guest, cached
+from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.outcome import Reason
 from tests.matrix import media
 from tests.matrix.conftest import Maker, fetched
@@ -73,6 +74,19 @@ def test_xen_by_multiboot(make: Maker) -> None:
     pc = make(kernel=kernel, cmdline="console=com1 com1=115200 noreboot", memory=256 * MIB)
     pc.wait_serial(r"\(XEN\) Xen version 4\.17")
     pc.wait_serial("dom0 kernel not specified")
+
+
+@pytest.mark.slow
+def test_ovmf_to_its_shell(make: Maker, tmp_path: Path) -> None:
+    disk = tmp_path / "empty.img"
+    disk.write_bytes(bytes(MIB))
+    image = fetched("ovmf", "usr/share/ovmf/OVMF.fd").read_bytes()
+    pc = make(disks=[disk], firmware=Firmware(image), memory=256 * MIB)
+    pc.wait_serial(r"UEFI Interactive Shell", 180)
+    pc.wait_serial("Shell> ", 120)
+    assert pc.picture().size == (1280, 800)
+    pc.press("ver<ret>")
+    pc.wait_serial("UEFI v2", 60)
 
 
 # ── a CD of our own with GRUB ──

@@ -301,11 +301,12 @@ def test_nothing_is_decoded_before_firmware_says_so() -> None:
     driver.ide.reset()
     assert driver.read(7) == 0xFF
     driver.ide.write(0, 2, 0x1234)
-    driver.ide.config_write(0x40, 2, 0x8000)
-    assert driver.read(7) == 0xFF, "not without the command register's I/O bit"
     driver.ide.config_write(4, 2, 5)
     assert driver.read(7) == DRDY | DSC
-    assert driver.ide.read(0x17, 1) == 0xFF, "the other channel is still off"
+    driver.ide.config_write(0x42, 2, 0)
+    assert driver.ide.read(0x17, 1) == 0xFF, "a channel can be switched off by itself"
+    driver.ide.config_write(0x40, 2, 0)
+    assert driver.read(7) == 0xFF
 
 
 def test_data_beyond_the_block_floats() -> None:

@@ -103,7 +103,9 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("--protocol", metavar="NAME", default="auto", help="Enter the kernel by pvh, linux64 or linux32.")
 @click.option(
-    "--firmware", metavar="NAME|FILE", help="Start in a BIOS (seabios, or an image) that boots from disk, CD or floppy."
+    "--firmware",
+    metavar="NAME|FILE",
+    help="Start in firmware (seabios, ovmf, or an image) that boots from disk, CD or floppy.",
 )
 @click.option(
     "--disk", metavar="IMG[,OPTION]...", multiple=True, help="A disk; options: ro, overlay, format=NAME, backing."

@@ -58,6 +58,8 @@ class PiixIde(PciDevice):
             PciIdentity(0x8086, 0x7010, 0x01_01_80),
             [Bar(4, BarKind.IO, 16, BUS_MASTER)],
             connection,
+            # EDK2 never sets the decode bits (its usual machine decodes always): they are set from the beginning.
+            header={TIMING: (4, TIMING_DECODE << 16 | TIMING_DECODE)},
             writable=[(TIMING, 4, 0xF3FF_F3FF), (TIMING + 4, 1, 0xFF)],
         )
 

@@ -11,10 +11,11 @@ from nonroot.errors import SoftwareMissingError
 from nonroot.guests import cache
 from nonroot.guests.apt import Apt, Progress
 
-__all__ = ["SeaBios", "package", "seabios"]
+__all__ = ["SeaBios", "ovmf", "package", "seabios"]
 
 SEABIOS_IMAGE = "usr/share/seabios/bios-256k.bin"
 SEABIOS_VGA = "usr/share/seabios/vgabios-stdvga.bin"
+OVMF_IMAGE = "usr/share/ovmf/OVMF.fd"
 _SYSTEM = Path("/")
 
 
@@ -96,3 +97,13 @@ def seabios(*, progress: Progress | None = None, allow_fetch: bool = True) -> Se
         if not (folder / SEABIOS_IMAGE).is_file() or not (folder / SEABIOS_VGA).is_file():
             raise
     return SeaBios(folder / SEABIOS_IMAGE, folder / SEABIOS_VGA, version)
+
+
+def ovmf(*, progress: Progress | None = None, allow_fetch: bool = True) -> Path:
+    """OVMF (UEFI) as Debian builds it, code and variables in one image. SoftwareMissingError."""
+    try:
+        return package("ovmf", progress=progress, allow_fetch=allow_fetch) / OVMF_IMAGE
+    except SoftwareMissingError:
+        if (_SYSTEM / OVMF_IMAGE).is_file():
+            return _SYSTEM / OVMF_IMAGE
+        raise
