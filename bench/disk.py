@@ -1,0 +1,172 @@
+"""Measures a sequential read of an IDE disk by DMA, under nonroot and under QEMU's software CPU and its IDE.
+
+Both boot the same uncompressed Debian kernel through PVH with the same initramfs; its /init loads ata_piix and reads the
+disk from the first byte to the last with dd, past the page cache. What is measured is the time between the two lines
+that /init prints around it. The two take turns. Prints a table and writes JSON with every run.
+
+    python bench/disk.py                    five pairs of 256 MB
+    python bench/disk.py --pairs 1 --size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nonroot.boot.bzimage import parse_bzimage
+from nonroot.boot.payload import decompress
+from nonroot.guests import Guest, fetch, initramfs, progress_bar
+from nonroot.testing.modules import modules_archive
+
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+BEGIN, END = b"BENCH: begin", b"BENCH: end"
+INIT = """\
+#!/bin/sh
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+mount -t sysfs sys /sys
+sh /etc/load-modules
+until test -b /dev/sda; do sleep 0.2; done
+sleep 1
+echo "BENCH: begin"
+dd if=/dev/sda of=/dev/null bs=1M iflag=direct
+echo "BENCH: end"
+poweroff -f
+"""
+APPEND = "console=ttyS0 quiet cryptomgr.notests mitigations=off panic=-1"
+TIMEOUT = 300.0  # seconds
+QEMU = "qemu-system-x86_64"
+QEMU_CPU = "max,-la57,-pku,-pks,-svm,-sha-ni,-3dnow,-3dnowext,-sse4a,-xsaves,+tsc-deadline,+x2apic"
+
+
+@dataclass(slots=True)
+class Run:
+    """One read; seconds."""
+
+    system: str
+    read: float
+    cpu: float
+    """Processor time of the process and its children, boot included."""
+
+
+def timed(system: str, command: list[str]) -> Run:
+    """Run a command that boots the guest with its console on stdout."""
+    before = os.times()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    output = b""
+    seen: dict[bytes, float] = {}
+    try:
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            output += chunk
+            now = time.perf_counter() - started
+            for mark in (BEGIN, END):
+                if mark in output:
+                    seen.setdefault(mark, now)
+            if now > TIMEOUT:
+                sys.exit(f"bench: {system} did not end within {TIMEOUT:.0f} s; its console ends: {output[-300:]!r}")
+        _, errors = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+    after = os.times()
+    if len(seen) < 2:
+        text = (output[-800:] + errors[-500:]).decode(errors="replace")
+        sys.exit(f"bench: {system} ended with {process.returncode} and did not read the disk:\n{text}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(system, seen[END] - seen[BEGIN], cpu)
+
+
+class Bench:
+    """The files and commands of one benchmark."""
+
+    def __init__(self, guest: Guest, size: int, folder: Path, engine: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        image = parse_bzimage(guest.kernel.read_bytes())
+        assert image.payload is not None, "Debian's kernels have a payload"
+        assert guest.modules is not None, "Debian's kernels have modules"
+        self.kernel = folder / "vmlinux"
+        self.kernel.write_bytes(decompress(image.payload))
+        self.initrd = folder / "initramfs-disk.cpio"
+        busybox = guest.kernel.parents[1] / "bin" / "busybox"
+        modules = modules_archive(guest.modules, ("ata_piix", "sd_mod"))
+        self.initrd.write_bytes(initramfs.build(busybox.read_bytes(), INIT) + modules)
+        self.disk = folder / "disk.img"
+        with self.disk.open("wb") as file:
+            for _ in range(size // MIB):
+                file.write(os.urandom(MIB))
+        self.engine = engine
+
+    def nonroot(self) -> Run:
+        command = [sys.executable, "-m", "nonroot", "run", "-q", "--engine", self.engine, "--memory", "128M"]
+        command += ["--kernel", str(self.kernel), "--initrd", str(self.initrd), "--append", APPEND]
+        return timed("nonroot", [*command, "--disk", str(self.disk)])
+
+    def qemu(self) -> Run:
+        command = [QEMU, "-accel", "tcg,thread=single", "-M", "pc", "-cpu", QEMU_CPU, "-m", "128"]
+        command += ["-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"]
+        command += ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", APPEND]
+        return timed("QEMU", [*command, "-drive", f"file={self.disk},format=raw,if=ide"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="how many runs of each (default 5)")
+    parser.add_argument("--size", type=int, default=256, help="MiB to read (default 256)")
+    parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "disk.json")
+    parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
+    options = parser.parse_args()
+    if options.only != "nonroot" and not shutil.which(QEMU):
+        print(
+            f"bench: {QEMU} is not installed (Debian's package qemu-system-x86); or use --only nonroot", file=sys.stderr
+        )
+        return 1
+    with progress_bar() as progress:
+        guest = fetch("cloud-amd64", progress=progress)
+    bench = Bench(guest, options.size * MIB, options.output.parent, options.engine)
+    systems = {"nonroot": bench.nonroot, "qemu": bench.qemu}
+    runs: list[Run] = []
+    for number in range(options.pairs):
+        for name in [options.only] if options.only else list(systems):
+            run = systems[name]()
+            runs.append(run)
+            print(f"{number + 1}/{options.pairs} {run.system}: {run.read:.2f} s", file=sys.stderr)
+    bench.disk.unlink()
+    medians = {
+        system: statistics.median(run.read for run in runs if run.system == system)
+        for system in dict.fromkeys(run.system for run in runs)
+    }
+    table = Table("system", "seconds (median)", "MB/s", title=f"{options.size} MiB from an IDE disk by DMA")
+    for system, seconds in medians.items():
+        table.add_row(system, f"{seconds:.2f}", f"{options.size * MIB / seconds / 1e6:.0f}")
+    Console().print(table)
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "size_mib": options.size,
+        "engine": options.engine,
+        "kernel": guest.version,
+        "medians": medians,
+        "runs": [asdict(run) for run in runs],
+    }
+    options.output.write_text(json.dumps(report, indent=1))
+    print(f"written to {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
