@@ -33,16 +33,12 @@ class Maker:
 
 
 ROWS = [
-    *((name, None) for name in engines()),
-    (engines()[0], SCRAMBLE_SEED),
+    *(pytest.param((name, None), id=name) for name in engines()),
+    pytest.param((engines()[0], SCRAMBLE_SEED), id=f"{engines()[0]}-scrambled", marks=pytest.mark.slow),
 ]
 
 
-def _row(row: tuple[str, int | None]) -> str:
-    return row[0] if row[1] is None else f"{row[0]}-scrambled"
-
-
-@pytest.fixture(params=ROWS, ids=_row)
+@pytest.fixture(params=ROWS)
 def make(request: pytest.FixtureRequest) -> Iterator[Maker]:
     """A maker of PCs; the test runs for every row."""
     engine, scramble = request.param

@@ -5,7 +5,6 @@ The fast part makes 100,000 accesses, the soak part ten million in every round, 
 
 import os
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -118,8 +117,8 @@ class Chaos:
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    yield make()
+def machine() -> Machine:
+    return make()
 
 
 def test_random_accesses(machine: Machine) -> None:

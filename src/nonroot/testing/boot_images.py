@@ -196,7 +196,22 @@ def grub_disk(image: Path, tree: Path, size: int = DISK_SIZE, label: str = "root
         file.truncate(size)
     blocks = (size - PARTITION_START) // 4096
     options = f"offset={PARTITION_START},root_owner=0:0"
-    command = [_mke2fs(), "-q", "-F", "-t", "ext4", "-b", "4096", "-L", label, "-E", options, "-d", tree, image]
+    command: list[str | os.PathLike[str]] = [
+        _mke2fs(),
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-b",
+        "4096",
+        "-L",
+        label,
+        "-E",
+        options,
+        "-d",
+        tree,
+        image,
+    ]
     run_tool([*command, str(blocks)])
     with image.open("r+b") as file:
         file.write(mbr((modules / "boot.img").read_bytes(), PARTITION_START, blocks * 4096))
@@ -242,14 +257,18 @@ def _kept(name: str, facts: dict[str, str]) -> Iterator[tuple[Path, Path | None]
         draft.rename(final)
 
 
-def debian_disk(flavour: str = "amd64", append: str = APPEND) -> Path:
-    """A disk that boots Debian's kernel of ``flavour`` by GRUB to a login on ttyS0. Do not write to it: it is kept."""
+def debian_disk(flavour: str = "amd64", append: str = APPEND, modules: Sequence[str] = ()) -> Path:
+    """
+    A disk that boots Debian's kernel of ``flavour`` by GRUB to a login on ttyS0. Do not write to it: it is kept.
+
+    ``modules``: loaded beside those that the disk needs, where the kernel has them as modules.
+    """
     guest = fetch(flavour)
-    facts = {"flavour": flavour, "version": guest.version, "append": append}
+    facts = {"flavour": flavour, "version": guest.version, "append": append, "modules": " ".join(modules)}
     with _kept(f"disk-{flavour}.img", facts) as (final, draft):
         if draft is not None:
             busybox = _busybox(guest)
-            initrd = initramfs.build(busybox, INITRAMFS_INIT) + _modules(guest, ROOT_MODULES)
+            initrd = initramfs.build(busybox, INITRAMFS_INIT) + _modules(guest, [*ROOT_MODULES, *modules])
             files = {
                 "boot/vmlinuz": guest.kernel.read_bytes(),
                 "boot/initrd": initrd,
@@ -262,10 +281,14 @@ def debian_disk(flavour: str = "amd64", append: str = APPEND) -> Path:
     return final
 
 
-def debian_cd(flavour: str = "amd64", append: str = APPEND) -> Path:
-    """A CD that boots Debian's kernel of ``flavour`` by ISOLINUX to a login on ttyS0; its initramfs is its root."""
+def debian_cd(flavour: str = "amd64", append: str = APPEND, modules: Sequence[str] = ()) -> Path:
+    """
+    A CD that boots Debian's kernel of ``flavour`` by ISOLINUX to a login on ttyS0; its initramfs is its root.
+
+    ``modules`` as for :func:`debian_disk`.
+    """
     guest = fetch(flavour)
-    facts = {"flavour": flavour, "version": guest.version, "append": append}
+    facts = {"flavour": flavour, "version": guest.version, "append": append, "modules": " ".join(modules)}
     with _kept(f"cd-{flavour}.iso", facts) as (final, draft):
         if draft is not None:
             busybox = _busybox(guest)
@@ -274,7 +297,7 @@ def debian_cd(flavour: str = "amd64", append: str = APPEND) -> Path:
                 (tree / "boot").mkdir(parents=True)
                 (tree / "isolinux").mkdir()
                 (tree / "boot/vmlinuz").write_bytes(guest.kernel.read_bytes())
-                archive = initramfs.build(busybox, CD_INIT) + _etc_archive() + _modules(guest, CD_MODULES)
+                archive = initramfs.build(busybox, CD_INIT) + _etc_archive() + _modules(guest, [*CD_MODULES, *modules])
                 (tree / "boot/initrd").write_bytes(archive)
                 (tree / "isolinux/isolinux.cfg").write_text(ISOLINUX_CONFIG.format(append=append))
                 isolinux_cd(draft, tree)
