@@ -37,6 +37,8 @@ REFUSAL_DELAY: Final = 1.0
 KEYS_QUEUED: Final = 512
 MOVES_QUEUED: Final = 64
 """Changes of the mouse's buttons on their way; movements between two of them are joined."""
+LOOK_EVERY: Final = 0.02
+"""Seconds at least between two looks that viewers cause by asking."""
 BAND: Final = 64
 """Rows of the picture that are compared, and sent, together."""
 RELATIVE_ORIGIN: Final = 0x7FFF
@@ -235,6 +237,10 @@ class Viewer:
 
     # ── what it gets ──
 
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._wakeup.set()
+
     def add_damage(self, rect: Rect) -> None:
         """It has not got this part of the screen."""
         left, top, right, bottom = rect
@@ -252,7 +258,7 @@ class Viewer:
             await self._wakeup.wait()
             self._wakeup.clear()
             picture = self._server.picture
-            if not self.wants or picture is None:
+            if not self.wants or picture is None or not self._server.fresh:
                 continue
             data = self._update(picture)
             if data is not None:
@@ -307,6 +313,8 @@ class VncServer:
         self.password = None if password is None else password.encode()
         self.input = Input(link)
         self.picture: Image | None = None
+        self.fresh = False
+        """Whether the picture is what is shown now."""
         self._link = link
         self._renderer = renderer
         self._viewers: set[Viewer] = set()
@@ -325,14 +333,21 @@ class VncServer:
     async def run(self) -> None:
         """Look at the screen while somebody waits; for ever. DomainLostError when the domain goes."""
         typing = asyncio.create_task(self.input.run())
-        serial = 0
         try:
-            serial = self._draw(await self._link.request("screen"))
+            self._draw(await self._link.request("screen"))
             while True:
-                while not any(viewer.wants and not viewer.damage for viewer in self._viewers):
+                while not any(viewer.wants for viewer in self._viewers):
                     await self._wakeup.wait()
                     self._wakeup.clear()
-                serial = self._draw(await self._link.request("screen_wait", serial=serial))
+                # Nobody may have looked for a while.
+                serial = self._draw(await self._link.request("screen"))
+                self.fresh = True
+                for viewer in self._viewers:
+                    viewer.wake()
+                while any(viewer.wants and not viewer.damage for viewer in self._viewers):
+                    serial = self._draw(await self._link.request("screen_wait", serial=serial))
+                await asyncio.sleep(LOOK_EVERY)
+                self.fresh = False
         finally:
             typing.cancel()
 

@@ -26,6 +26,8 @@ __all__ = ["WebServer"]
 
 LINK_LIFE: Final = 300.0
 """Seconds that a link can wait to be opened."""
+PIECE: Final = 1 << 16
+"""Bytes of a message."""
 COOKIE: Final = "nonroot"
 SOCKET_PATH: Final = "/websockify"
 PAGE: Final = "/vnc.html?autoconnect=1&resize=scale&path=websockify"
@@ -56,7 +58,8 @@ class WebTransport:
     async def send(self, data: bytes) -> None:
         """Send and wait."""
         try:
-            await self._connection.send(data)
+            for at in range(0, len(data), PIECE):
+                await self._connection.send(data[at : at + PIECE])
         except ConnectionClosed as error:
             raise OSError(str(error)) from None
 

@@ -135,6 +135,7 @@ class Viewers:
         if connection is not self._connection:
             return
         if "error" in params:
+            self._connection = None  # it ends by itself; another can be started
             self._fail(TransientError(str(params["error"])[:300]))
             return
         self._address = str(params.get("address"))
@@ -176,6 +177,9 @@ class Viewers:
         if self._process is not None:
             self._process.terminate()
             self._process = None
+        if self._address is not None and self._address.startswith("unix:"):
+            # The server dies with this process and may not come to it.
+            Path(self._address.removeprefix("unix:")).unlink(missing_ok=True)
 
     def _fail(self, error: NonrootError) -> None:
         for client, request in (*self._waiting, *self._tokens.values()):
@@ -184,6 +188,8 @@ class Viewers:
         self._tokens.clear()
 
     def _start(self, address: Address, password: str | None) -> None:
+        if self._process is not None:
+            self._process.poll()  # an earlier one, which could not listen
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with open(os.devnull, "r+b") as null:  # noqa: PTH123
