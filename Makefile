@@ -35,7 +35,7 @@ $(STAMPS)/venv: scripts/preflight
 
 $(STAMPS)/runtime: $(STAMPS)/venv pyproject.toml scripts/requirements
 	@echo "setup: installing the run-time dependencies"
-	@$(PY) -m pip install --quiet $$($(PY) scripts/requirements build runtime)
+	@$(PY) -m pip install --quiet $$($(PY) scripts/requirements build runtime vnc)
 	@touch $@
 
 $(STAMPS)/engine: $(STAMPS)/runtime $(ENGINE_FILES)
