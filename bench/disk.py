@@ -1,8 +1,8 @@
 """Measures a sequential read of an IDE disk by DMA, under nonroot and under QEMU's software CPU and its IDE.
 
-Both boot the same uncompressed Debian kernel through PVH with the same initramfs; its /init loads ata_piix and reads the
-disk from the first byte to the last with dd, past the page cache. What is measured is the time between the two lines
-that /init prints around it. The two take turns. Prints a table and writes JSON with every run.
+Both boot the same uncompressed Debian kernel through PVH with the same initramfs; its /init loads ata_piix and reads
+the disk from the first byte to the last with dd, past the page cache. What is measured is the time between the two
+lines that /init prints around it. The two take turns. Prints a table and writes JSON with every run.
 
     python bench/disk.py                    five pairs of 256 MB
     python bench/disk.py --pairs 1 --size 64

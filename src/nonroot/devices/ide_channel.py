@@ -5,6 +5,7 @@ that a request which is on its way can be asked for again from a record.
 Source: T13/1410D (ATA/ATAPI-6); Intel 82371SB (290550); Programming Interface for Bus Master IDE Controller 1.0.
 """
 
+import struct
 from typing import Final, Protocol
 
 from nonroot.devices import ata, atapi
@@ -53,6 +54,10 @@ EMPTY: Final = 0x7F
 # Interrupt reason of packet commands, in the count register
 REASON_COMMAND: Final = 0x01
 REASON_IN: Final = 0x02
+
+TABLE_PART: Final = 1024
+"""Bytes of the bus master's table that are read at once; within one move, not kept."""
+_ENTRY: Final = struct.Struct("<II")
 
 NO_MEDIUM: Final = BlockResult(BlockStatus.IO_ERROR)
 
@@ -107,6 +112,8 @@ class Channel:
         self._events = events
         self._level = False
         self._request_number = 0
+        self._table = b""
+        self._table_at = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -399,11 +406,12 @@ class Channel:
             return
         size = sectors * self.acting.sector
         # The last sector of a medium may be cut short: the rest of it reads as zeros.
-        self.buffer[:] = result.data[:size].ljust(size, b"\0")
+        data = result.data if len(result.data) == size else result.data[:size].ljust(size, b"\0")
         self.position = 0
         if self.action in DMA_ACTIONS:
-            self._await_dma()
+            self._deliver(data)
         else:
+            self.buffer[:] = data
             self._present()
 
     def _fail_request(self, status: BlockStatus) -> None:
@@ -548,47 +556,67 @@ class Channel:
 
     def _move(self) -> None:
         """The bus master runs and the unit has something to move."""
-        to_memory = self.action is not Action.WRITE_DMA
-        if not self._memory.bus_master or to_memory != bool(self.bm_command & BM_TO_MEMORY):
+        if not self._may_move():
             self._events(self.name, "bus-master-off", self.bm_command)
-            return
-        if not to_memory:
+        elif self.action is Action.WRITE_DMA:
             data = self._gather(min(self.left * 512, CHUNK))
             if data is not None:
                 self.buffer[:] = data
                 self._submit()
         elif not self.buffer:
             self._submit()
-        elif self._scatter():
-            self.buffer.clear()
-            self.position = 0
-            if self.left:
-                self._submit()
-            else:
-                self._finish()
+        elif self._scatter(bytes(self.buffer)):
+            self._delivered()
+
+    def _deliver(self, data: bytes) -> None:
+        """What has been read goes to memory; what the bus master does not take waits in the buffer."""
+        self.phase = Phase.DMA
+        self.acting.status = READY | DRQ
+        if self._may_move() and self._scatter(data):
+            self._delivered()
+        else:
+            self.buffer[:] = data
+
+    def _delivered(self) -> None:
+        self.buffer.clear()
+        self.position = 0
+        if self.left:
+            self._submit()
+        else:
+            self._finish()
+
+    def _may_move(self) -> bool:
+        """Whether the bus master runs in the direction that the command needs."""
+        wanted = BM_TO_MEMORY if self.action is not Action.WRITE_DMA else 0
+        ready = self.bm_status & BM_ACTIVE and self._memory.bus_master
+        return bool(ready) and self.bm_command & BM_TO_MEMORY == wanted
 
     def _settle(self) -> None:
         """A table that is used up exactly ends the bus master's activity; a longer one leaves it active."""
         if self.prd_last and not self.prd_left:
             self.bm_status &= ~BM_ACTIVE
 
-    def _scatter(self) -> bool:
-        """The buffer to where the table says; false if the table ends before."""
-        size = len(self.buffer)
-        with memoryview(self.buffer) as view:
-            while self.position < size:
+    def _scatter(self, data: bytes) -> bool:
+        """``data``, from ``position`` on, to where the table says; false if the table ends before."""
+        write, position, size = self._memory.dma_write, self.position, len(data)
+        self._table = b""
+        with memoryview(data) as view:
+            while position < size:
                 if not self.prd_left and not self._next_region():
+                    self.position = position
                     return False
-                part = min(self.prd_left, size - self.position)
-                self._memory.dma_write(self.prd_address, view[self.position : self.position + part])
+                part = min(self.prd_left, size - position)
+                write(self.prd_address, view[position : position + part])
                 self.prd_address += part
                 self.prd_left -= part
-                self.position += part
+                position += part
+        self.position = position
         return True
 
     def _gather(self, size: int) -> bytes | None:
         """``size`` bytes from where the table says; None if the table ends before."""
         parts = []
+        self._table = b""
         while size:
             if not self.prd_left and not self._next_region():
                 return None
@@ -605,13 +633,34 @@ class Channel:
             self.bm_status &= ~BM_ACTIVE
             self._events(self.name, "table-too-short", self.bm_table)
             return False
-        entry = self._memory.dma_read(self.prd_next, 8)
-        # The table lies within 64 KiB: the address wraps there.
-        self.prd_next = self.prd_next & ~0xFFFF | self.prd_next + 8 & 0xFFFF
-        self.prd_address = int.from_bytes(entry[:4], "little") & ~1
-        self.prd_left = int.from_bytes(entry[4:6], "little") & ~1 or 0x1_0000
-        self.prd_last = entry[7] >> 7
+        address, count, self.prd_last = self._next_entry()
+        # Neighbours become one region: a guest's buffer is often one stretch of memory, page by page.
+        while not self.prd_last and count < CHUNK:
+            following = self._peek_entry()
+            if following[0] != address + count:
+                break
+            self._next_entry()
+            count += following[1]
+            self.prd_last = following[2]
+        self.prd_address, self.prd_left = address, count
         return True
+
+    def _peek_entry(self) -> tuple[int, int, int]:
+        """(address, bytes, whether it is the last) of the entry at ``prd_next``."""
+        if not self._table:
+            # As much as is likely to be wanted, at once. The table lies within 64 KiB: the address wraps there.
+            self._table = self._memory.dma_read(self.prd_next, min(TABLE_PART, 0x1_0000 - (self.prd_next & 0xFFFF)))
+            self._table_at = 0
+        address, count = _ENTRY.unpack_from(self._table, self._table_at)
+        return address & ~1, count & 0xFFFE or 0x1_0000, count >> 31
+
+    def _next_entry(self) -> tuple[int, int, int]:
+        entry = self._peek_entry()
+        self.prd_next = self.prd_next & ~0xFFFF | self.prd_next + 8 & 0xFFFF
+        self._table_at += 8
+        if self._table_at + 8 > len(self._table):
+            self._table = b""
+        return entry
 
     # ── records ──
 

@@ -10,7 +10,7 @@ from nonroot.hvm.pci import CONFIG_SIZE
 
 __all__ = ["CHANNEL_FIELDS", "CHUNK", "UNIT_FIELDS", "Action", "IdeState", "Phase"]
 
-CHUNK: Final = 256 * 1024
+CHUNK: Final = 512 * 1024
 """Bytes that one request moves at most, and that a channel buffers."""
 
 
@@ -104,7 +104,7 @@ class IdeState(StateRecord):
     bm_table: tuple[int, ...] = array("I", 2)
     prd_next: tuple[int, ...] = array("I", 2)
     prd_address: tuple[int, ...] = array("Q", 2, maximum=1 << 33)
-    prd_left: tuple[int, ...] = array("I", 2, maximum=1 << 16)
+    prd_left: tuple[int, ...] = array("I", 2, maximum=CHUNK + (1 << 16))
     prd_last: tuple[int, ...] = array("B", 2, maximum=1)
     buffer0: bytes = fifo(CHUNK)
     buffer1: bytes = fifo(CHUNK)
