@@ -39,6 +39,10 @@ impl Cpu {
     pub unsafe fn rehearse(&mut self, b: *const Block) -> Rehearsal {
         let (registers, vectors) = (self.r.clone(), self.fpu.clone());
         let (next_rip, before) = (self.next_rip, self.retired_in_block);
+        let context = self.tlb.context;
+        let kernel_gs = self.msr.kernel_gs_base;
+        let (shadow, requests) =
+            (self.shadow, self.mailbox.requests.load(std::sync::atomic::Ordering::Relaxed));
         self.write_log = Some(Vec::new());
         self.tlb.hide();
         self.r.gpr[reg::BLOCK_RIP] = self.r.rip;
@@ -64,7 +68,13 @@ impl Cpu {
         self.stop = None;
         self.mmio.clear();
         self.rep_iterations = 0;
-        self.tlb.select(self.tlb.context);
+        self.msr.kernel_gs_base = kernel_gs;
+        self.tlb.select(context);
+        self.update_exec_key();
+        self.shadow = shadow;
+        if requests & request::LOCAL == 0 {
+            self.mailbox.requests.fetch_and(!request::LOCAL, std::sync::atomic::Ordering::Relaxed);
+        }
         let mut log = self.write_log.take().unwrap_or_default();
         let mut writes = Vec::with_capacity(log.len());
         for (host, old) in &log[..kept] {

@@ -382,7 +382,7 @@ impl Cpu {
     }
 
     /// Whether an interrupt is only waiting for IF and shadows.
-    fn interrupt_waiting(&mut self) -> bool {
+    pub fn interrupt_waiting(&mut self) -> bool {
         self.injected.is_some()
             || self.pic_vector.is_some()
             || self.want_window

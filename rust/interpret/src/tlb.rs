@@ -55,9 +55,9 @@ pub struct Jump {
 }
 
 /// Entries for jumps of generated code in one context.
-pub const JUMPS: usize = 2048;
+pub const JUMPS: usize = 8192;
 /// Filled slots that a set remembers, so that clearing it costs no more than filling it did.
-const LOG: usize = 64;
+const LOG: usize = 256;
 
 /// The entries of one context of one address space.
 #[repr(C)]
@@ -77,7 +77,7 @@ pub struct Set {
 /// Where in [`Set::jumps`] a linear address belongs; generated code computes the same.
 #[inline(always)]
 pub fn jump_slot(lin: u64) -> usize {
-    ((lin as u32).wrapping_mul(JUMP_HASH) >> 17 & 0x7ff0) as usize / 16
+    (lin as u32).wrapping_mul(JUMP_HASH) as usize >> 19
 }
 
 /// The multiplier of [`jump_slot`].
@@ -118,6 +118,13 @@ impl Set {
         }
         self.filled = 0;
         self.clear_jumps();
+    }
+
+    fn for_mode(&mut self, mode: u64) {
+        if self.jump_mode != mode {
+            self.clear_jumps();
+            self.jump_mode = mode;
+        }
     }
 
     fn clear_jumps(&mut self) {
@@ -249,6 +256,13 @@ impl Tlb {
         self.current = &mut self.spaces[self.space][context];
     }
 
+    /// The set of a context in the present address space, for code of a mode.
+    pub fn set(&mut self, context: usize, mode: u64) -> *mut Set {
+        let set = &mut self.spaces[self.space][context];
+        set.for_mode(mode);
+        set
+    }
+
     /// Makes a set current that is always empty, until the next [`Tlb::select`].
     pub fn hide(&mut self) {
         self.current = &mut self.spaces[self.space][context::CHECKED];
@@ -342,18 +356,23 @@ impl Tlb {
         unsafe { (*self.current).enter(page, host, write) };
     }
 
+    /// Notes that code of this page may be found by [`Set::jumps`].
+    pub fn note_jump_page(&mut self, lin: u64) {
+        let (word, bit) = bloom(lin >> 12);
+        self.jump_pages[word] |= bit;
+    }
+
     /// Enters the generated code of an instruction in the current context. Only code
     /// of one mode is ever there.
     pub fn enter_jump(&mut self, lin: u64, code: u64, mode: u64) {
-        let (word, bit) = bloom(lin >> 12);
-        self.jump_pages[word] |= bit;
+        self.note_jump_page(lin);
         // SAFETY: as in enter().
         let set = unsafe { &mut *self.current };
-        if set.jump_mode != mode {
-            set.clear_jumps();
-            set.jump_mode = mode;
-        }
+        set.for_mode(mode);
         let slot = jump_slot(lin);
+        if set.jumps[slot].lin == lin && set.jumps[slot].code == code {
+            return;
+        }
         if set.jumps_filled < LOG {
             set.jump_log[set.jumps_filled] = slot as u16;
         }

@@ -60,10 +60,19 @@ pub enum Kind {
         /// IDIV.
         signed: bool,
     },
-    /// MOVZX from, MOV to a byte register from, or a comparison with a constant of AH, CH, DH, BH.
+    /// MOVZX from, MOV to a byte register from, or an operation with a constant on AH, CH, DH, BH.
     HighByte,
     /// CLI.
     Cli,
+    /// STI.
+    Sti,
+    /// SWAPGS.
+    Swapgs,
+    /// STAC (`open`) and CLAC.
+    Access {
+        /// STAC.
+        open: bool,
+    },
     /// CLD.
     Cld,
     /// PUSHFQ.
@@ -512,10 +521,14 @@ pub fn guest(
             Kind::Divide { signed: i.mnemonic() == Idiv }
         }
         Cli if abilities.interrupt_flag => Kind::Cli,
+        Sti if abilities.interrupt_flag => Kind::Sti,
+        Swapgs if abilities.interrupt_flag && long => Kind::Swapgs,
+        Stac if abilities.interrupt_flag => Kind::Access { open: true },
+        Clac if abilities.interrupt_flag => Kind::Access { open: false },
         Cld if abilities.interrupt_flag => Kind::Cld,
         Pushfq if abilities.interrupt_flag => Kind::Pushf,
         Movzx if high_byte(i.op1_register()) && i.op0_register().size() >= 4 => Kind::HighByte,
-        Test | Cmp
+        Test | Cmp | And | Or | Xor | Add | Sub | Mov
             if i.op0_kind() == OpKind::Register
                 && high_byte(i.op0_register())
                 && i.op1_kind() == OpKind::Immediate8 =>

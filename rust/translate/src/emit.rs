@@ -116,6 +116,8 @@ enum Cold {
 struct SideExit {
     kind: u32,
     offset: u16,
+    /// Goes with [`exit::WIDE`].
+    block: u32,
     /// Instructions of the block that are complete.
     done: i32,
     counted: bool,
@@ -177,6 +179,8 @@ pub struct Emitter<'a> {
     count: i32,
     /// Offset in the page of the block.
     start: u16,
+    /// The number by which exits name it.
+    block: u32,
     at: usize,
     entry: [Option<usize>; 2],
 }
@@ -212,6 +216,7 @@ impl<'a> Emitter<'a> {
         routines: Routines,
         switches: Switches,
         first_link: u32,
+        block: u32,
     ) -> Self {
         Emitter {
             a: Assembler::new(origin),
@@ -229,9 +234,18 @@ impl<'a> Emitter<'a> {
             counted: false,
             count: guests.len() as i32,
             start,
+            block,
             at: 0,
             entry: [None; 2],
         }
+    }
+
+    /// Code for a link whose target must be looked up, though it is in the page: it crosses into the next,
+    /// which may change.
+    pub fn crossing(mut self, target: u16, live: bool) -> Vec<u8> {
+        self.flags = if live { Flags::Live(None) } else { Flags::Saved };
+        self.across(i32::from(target));
+        self.a.code
     }
 
     /// Translates.
@@ -444,7 +458,14 @@ impl<'a> Emitter<'a> {
             Some(g) => g.i.ip() as u16,
             None => self.guests[self.at - 1].i.next_ip() as u16,
         };
-        SideExit { kind, offset, done: self.at as i32, counted: self.counted, flags: self.flags }
+        SideExit {
+            kind,
+            offset,
+            block: self.block,
+            done: self.at as i32,
+            counted: self.counted,
+            flags: self.flags,
+        }
     }
 
     /// Before an instruction that changes registers that the flags are to be made from.
@@ -517,7 +538,8 @@ impl<'a> Emitter<'a> {
     }
 
     /// Looks up `bytes` at `key` plus `disp`: RAX becomes their host address. The guest's flags are safe already.
-    fn lookup(&mut self, key: &Key, disp: i32, bytes: u16, write: bool) {
+    /// `wide`: the instruction itself needs less.
+    fn lookup(&mut self, key: &Key, disp: i32, bytes: u16, write: bool, wide: bool) {
         if key.segment != 0 && !self.long() {
             self.a.mem(false, &[0xf6], 0, field!(segments)); // test byte [segments], bit
             self.a.bytes(&[key.segment]);
@@ -536,7 +558,7 @@ impl<'a> Emitter<'a> {
         self.a.bytes(&[0x48, 0x3d]); // cmp rax, imm32
         self.a.bytes(&(0x1000 - u32::from(bytes)).to_le_bytes());
         let hole = self.a.jcc(7);
-        let exit = self.side_exit(exit::SINGLE);
+        let exit = self.side_exit(if wide { exit::WIDE } else { exit::SINGLE });
         self.cold.push(Cold::Refill { from: hole, again, bytes, write, exit });
         self.a.gs_mem(true, &[0x03], RAX, at(R15, offset_of!(tlb::Entry, host) as i32));
         // add rax, host
@@ -557,12 +579,13 @@ impl<'a> Emitter<'a> {
         let low = group.low - (normal - disp);
         match i32::try_from(low) {
             Ok(low) => {
-                self.lookup(&key, low, (group.high - group.low) as u16, group.write);
+                let span = (group.high - group.low) as u16;
+                self.lookup(&key, low, span, group.write, span != bytes || group.write != write);
                 self.group = Some(group);
                 (normal - group.low) as i32
             }
             Err(_) => {
-                self.lookup(&key, disp as i32, bytes, write);
+                self.lookup(&key, disp as i32, bytes, write, false);
                 self.group = None;
                 0
             }
@@ -691,6 +714,9 @@ impl<'a> Emitter<'a> {
             Kind::Divide { signed } => self.divide(g, signed)?,
             Kind::HighByte => self.high_byte(g)?,
             Kind::Cli => self.cli(),
+            Kind::Sti => self.sti(),
+            Kind::Swapgs => self.swapgs(),
+            Kind::Access { open } => self.access_check(open),
             Kind::Cld => {
                 self.spoil_flags();
                 self.a.mem_imm(4, field!(rflags), !0x400);
@@ -988,8 +1014,8 @@ impl<'a> Emitter<'a> {
     }
 
     fn high_byte(&mut self, g: &Guest) -> Emitted {
-        let compares = matches!(g.i.mnemonic(), Mnemonic::Test | Mnemonic::Cmp);
-        let source = if compares { g.i.op0_register() } else { g.i.op1_register() };
+        let first = matches!(g.i.op0_register(), Register::AH | Register::CH | Register::DH | Register::BH);
+        let source = if first { g.i.op0_register() } else { g.i.op1_register() };
         let guest = match source {
             Register::AH => 0u8,
             Register::CH => 1,
@@ -999,12 +1025,17 @@ impl<'a> Emitter<'a> {
         self.group = None;
         let reg = self.value(guest, RAX);
         self.a.mov(RAX, reg);
-        if compares {
+        if first {
             self.flags_before(g);
             let mut i = g.i;
             i.set_op0_register(Register::AH);
             self.raw(&i)?;
-            self.flags = Flags::Live(None);
+            if g.writes != 0 {
+                self.a.mov(reg, RAX);
+            }
+            if g.flags_changed {
+                self.flags = Flags::Live(None);
+            }
             return Ok(());
         }
         self.a.bytes(&[0x0f, 0xb6, 0xc4]); // movzx eax, ah
@@ -1030,14 +1061,53 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    fn cli(&mut self) {
+    /// Leaves unless CPL is 0.
+    fn supervisor(&mut self) {
         self.spoil_flags();
         self.a.mem(false, &[0x80], 7, field!(cpl)); // cmp byte [cpl], 0
         self.a.bytes(&[0]);
         let hole = self.a.jcc(5);
         let exit = self.side_exit(exit::SINGLE);
         self.cold.push(Cold::Exit { from: vec![hole], exit });
+    }
+
+    fn cli(&mut self) {
+        self.supervisor();
         self.a.mem_imm(4, field!(rflags), !0x200);
+    }
+
+    /// Only while no interrupt waits: those that come meanwhile are looked at when the budget is used up.
+    fn sti(&mut self) {
+        self.supervisor();
+        self.a.mem(false, &[0x80], 7, field!(pending));
+        self.a.bytes(&[0]);
+        let hole = self.a.jcc(5);
+        let exit = self.side_exit(exit::SINGLE);
+        self.cold.push(Cold::Exit { from: vec![hole], exit });
+        self.a.mem_imm(1, field!(rflags), 0x200);
+    }
+
+    fn swapgs(&mut self) {
+        self.supervisor();
+        self.group = None;
+        self.a.load(true, RAX, frame::segment_base(1));
+        self.a.load(true, R15, field!(kernel_gs));
+        self.a.store(true, field!(kernel_gs), RAX);
+        self.a.store(true, frame::segment_base(1), R15);
+    }
+
+    /// STAC and CLAC: RFLAGS.AC, and the TLB entries that go with it.
+    fn access_check(&mut self, open: bool) {
+        self.supervisor();
+        self.group = None;
+        if open {
+            self.a.mem_imm(1, field!(rflags), 1 << 18);
+            self.a.load(true, RAX, field!(gs_open));
+        } else {
+            self.a.mem_imm(4, field!(rflags), !(1 << 18));
+            self.a.load(true, RAX, field!(gs_closed));
+        }
+        self.a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
     }
 
     fn pushf(&mut self) {
@@ -1177,8 +1247,8 @@ impl<'a> Emitter<'a> {
     fn hash(&mut self) {
         self.a.reg(false, &[0x69], R15, RAX); // imul r15d, eax, imm32
         self.a.bytes(&tlb::JUMP_HASH.to_le_bytes());
-        self.a.bytes(&[0x41, 0xc1, 0xef, 17]); // shr r15d, 17
-        self.a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0x7f, 0, 0]); // and r15d, 0x7ff0
+        self.a.bytes(&[0x41, 0xc1, 0xef, 15]); // shr r15d, 15
+        self.a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 1, 0]); // and r15d, 0x1fff0
     }
 
     fn branch(&mut self, g: &Guest) -> Emitted {
@@ -1339,6 +1409,9 @@ impl<'a> Emitter<'a> {
         self.a.store_imm(field!(kind), exit.kind as i32);
         self.a.store_imm(field!(offset), i32::from(exit.offset));
         self.a.store_imm(field!(adjust), adjust);
+        if exit.kind == exit::WIDE {
+            self.a.store_imm(field!(link), exit.block as i32);
+        }
         let leave = if exit.flags == Flags::Saved { self.routines.leave } else { self.routines.leave_live };
         self.a.jmp_to(leave);
     }

@@ -50,6 +50,8 @@ pub mod exit {
     pub const NEXT: u32 = 3;
     /// The next instruction is at [`super::Frame::rip`].
     pub const LOOKUP: u32 = 4;
+    /// As SINGLE; a lookup for several instructions failed, in the block [`super::Frame::link`].
+    pub const WIDE: u32 = 5;
 }
 
 /// The context of generated code.
@@ -73,7 +75,9 @@ pub struct Frame {
     pub cpl: u8,
     /// Bit 0: FS, bit 1: GS are 4 GiB data segments (32-bit mode).
     pub segments: u8,
-    unused: u16,
+    /// An interrupt waits for RFLAGS.IF.
+    pub pending: u8,
+    unused: u8,
     /// Linear bases of FS and GS.
     pub base: [u64; 2],
     /// Scratch.
@@ -100,6 +104,12 @@ pub struct Frame {
     pub gs: u64,
     /// Code to run.
     pub code: u64,
+    /// IA32_KERNEL_GS_BASE.
+    pub kernel_gs: u64,
+    /// GS base with RFLAGS.AC clear and set, for the present privilege level.
+    pub gs_closed: u64,
+    /// See above.
+    pub gs_open: u64,
     /// Host MXCSR.
     pub mxcsr: u32,
     unused2: u32,
@@ -181,7 +191,7 @@ fn mxcsr(a: &mut Assembler, load: bool, m: Mem) {
 }
 
 /// What the routines call.
-pub type Refill = unsafe extern "sysv64" fn(*mut Cpu, u64, u32) -> u32;
+pub type Refill = unsafe extern "sysv64" fn(*const Frame, u64, u32) -> u32;
 
 /// Emits the common routines.
 pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
@@ -256,7 +266,7 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
     }
     a.mov(host::RSI, host::RAX);
     a.mov(host::RDX, host::R15);
-    a.load(true, host::RDI, below(field!(cpu)));
+    a.lea(true, host::RDI, at(host::RSP, 8));
     // R15 keeps what `vectors` was: the callee preserves it.
     a.mem(false, &[0x0f, 0xb6], host::R15, below(field!(vectors))); // movzx r15d, byte
     a.reg(false, &[0x85], host::R15, host::R15); // test r15d, r15d

@@ -30,6 +30,8 @@ switches! {
     page_groups = "page-groups";
     /// SSE and AVX instructions run as they are on the guest's vector registers.
     vectors = "vectors";
-    /// CLI, CLD and PUSHF run without leaving translated code.
+    /// CLI, STI, CLD, PUSHF, SWAPGS, STAC and CLAC run without leaving translated code.
     interrupt_flag = "interrupt-flag";
+    /// Instructions that lie in two pages are translated.
+    page_crossing = "page-crossing";
 }

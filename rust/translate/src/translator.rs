@@ -1,6 +1,6 @@
 //! Running translated blocks: translating what is hot, entering, chaining, dropping.
 
-use crate::analysis::{self, Abilities};
+use crate::analysis::{self, Abilities, Guest};
 use crate::arena::Arena;
 use crate::assembler::Assembler;
 use crate::emit::{self, Emitter, Link};
@@ -12,6 +12,7 @@ use nonroot_interpret::code_cache::{Block, NO_PAGE};
 use nonroot_interpret::cpu::Cpu;
 use nonroot_interpret::flags::Flags;
 use nonroot_interpret::state::*;
+use nonroot_interpret::tlb::context;
 use nonroot_memory::{P2M_FLAGS, P2M_PRESENT};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -37,6 +38,7 @@ struct Statistics {
     chained: u64,
     native_instructions: u64,
     flushes: u64,
+    narrowed_blocks: u64,
 }
 
 /// The translator of one vCPU.
@@ -50,6 +52,8 @@ pub struct Translator {
     abilities: Abilities,
     info: RefCell<InstructionInfoFactory>,
     links: Vec<Link>,
+    /// Blocks by number, and how often lookups for several of their instructions failed.
+    blocks: Vec<(*mut Block, u32)>,
     /// A jump that may be chained to the block that is offered next, if that is at this
     /// address and found by this key.
     pending: Option<(u32, u64, u64)>,
@@ -87,12 +91,19 @@ pub fn available() -> Result<(), String> {
 /// Fills the TLB for translated code; 0 if the access can now go on.
 ///
 /// # Safety
-/// Called by generated code with the vCPU of its frame, to which nothing else refers.
-unsafe extern "sysv64" fn refill(cpu: *mut Cpu, lin: u64, what: u32) -> u32 {
-    // SAFETY: by the contract; `run` holds no reference to the vCPU while generated code runs.
-    let cpu = unsafe { &mut *cpu };
+/// Called by generated code with its frame, to whose vCPU nothing else refers.
+unsafe extern "sysv64" fn refill(frame: *const Frame, lin: u64, what: u32) -> u32 {
+    // SAFETY: by the contract; `enter` uses no reference to frame or vCPU while generated code runs.
+    let (cpu, flags) = unsafe { (&mut *(*frame).cpu, (*frame).rflags) };
+    if (cpu.r.rflags ^ u64::from(flags)) & rflags::AC != 0 {
+        cpu.r.rflags ^= rflags::AC;
+        cpu.tlb_context_changed();
+    }
     u32::from(!cpu.enter_page(lin, (what & 0xffff) as usize, what >> 31 != 0))
 }
+
+// SAFETY: the block pointers belong to the vCPU that owns this object; they go where it goes.
+unsafe impl Send for Translator {}
 
 impl Translator {
     /// A translator without code. The error says what the host lacks.
@@ -115,6 +126,7 @@ impl Translator {
             abilities,
             info: RefCell::new(InstructionInfoFactory::new()),
             links: Vec::new(),
+            blocks: Vec::new(),
             pending: None,
             lockstep: false,
             hot: HOT,
@@ -141,6 +153,7 @@ impl Translator {
     fn forget_all(&mut self) {
         self.arena.truncate(self.floor);
         self.links.clear();
+        self.blocks.clear();
         self.refuse.clear();
         self.incoming.clear();
         self.pending = None;
@@ -148,7 +161,7 @@ impl Translator {
     }
 
     /// Translates a block, or marks it as one that is not.
-    fn translate(&mut self, cpu: &mut Cpu, b: &mut Block) {
+    fn translate(&mut self, cpu: &mut Cpu, b: &mut Block, groups: bool) {
         if self.arena.room() < RESERVE {
             cpu.cache.forget_native();
             cpu.tlb.forget_jumps();
@@ -158,14 +171,25 @@ impl Translator {
         let entry = cpu.mem.entry(b.gpa >> 12);
         let start = (b.gpa & 0xfff) as usize;
         let len = usize::from(b.len);
-        if b.second_page != NO_PAGE || entry & P2M_PRESENT == 0 || start + len > 0x1000 {
+        let crosses = b.second_page != NO_PAGE;
+        let second = if crosses { cpu.mem.entry(b.second_page >> 12) } else { entry };
+        let room = len.min(0x1000 - start);
+        if crosses && !(self.switches.page_crossing && self.switches.jump_lookup)
+            || entry & second & P2M_PRESENT == 0
+            || room < len && !crosses
+        {
             self.statistics.untranslatable_blocks += 1;
             return;
         }
         let mut bytes = vec![0u8; len];
         let from = ((entry & !P2M_FLAGS) as usize + start) as *const u8;
         // SAFETY: the frame is mapped RAM and the range inside it.
-        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), len) };
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), room) };
+        if crosses {
+            let from = (second & !P2M_FLAGS) as *const u8;
+            // SAFETY: as above; what is left is less than an instruction.
+            unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(room), len - room) };
+        }
         let info = self.info.get_mut();
         let start = start as u16;
         let Some(guests) = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info) else {
@@ -173,23 +197,74 @@ impl Translator {
             return;
         };
         let origin = self.arena.position();
-        let switches = emit::Switches {
-            lookup: self.switches.jump_lookup,
-            recipes: self.switches.flag_recipes,
-            groups: self.switches.page_groups,
-        };
-        let emitter =
-            Emitter::new(&guests, start, cpu.mode, origin, self.routines, switches, self.links.len() as u32);
+        let emitter = self.emitter(&guests, start, cpu.mode, origin, groups);
         let Ok(translated) = emitter.run() else {
             self.statistics.untranslatable_blocks += 1;
             return;
         };
         self.arena.push(&translated.code);
         self.links.extend(translated.links);
+        self.blocks.push((b, 0));
         b.native = translated.entry.map(|at| (origin + at) as u32);
         self.refuse.insert(b.native[0], translated.refuse.map(|at| (origin + at) as u32));
         self.statistics.translated_blocks += 1;
         self.statistics.translated_instructions += u64::from(b.count);
+    }
+
+    /// A lookup for several instructions failed: if that goes on, each gets one of its own.
+    fn failed_wide(&mut self, cpu: &mut Cpu, number: u32) {
+        let Some((block, count)) = self.blocks.get_mut(number as usize) else { return };
+        *count += 1;
+        if *count != 8 {
+            return;
+        }
+        // SAFETY: blocks live until the next flush, which empties the list.
+        let b = unsafe { &mut **block };
+        let old = b.native;
+        if old[0] <= NEVER {
+            return;
+        }
+        self.translate(cpu, b, false);
+        if b.native[0] <= NEVER || !self.refuse.contains_key(&old[0]) {
+            return;
+        }
+        self.refuse.remove(&old[0]);
+        if let Some(links) = self.incoming.remove(&old[0]) {
+            self.incoming.insert(b.native[0], links);
+        }
+        for (old, new) in old.into_iter().zip(b.native) {
+            self.arena.patch(old as usize, &[0xe9]);
+            self.jump_from(old as usize + 1, new as usize);
+        }
+        self.statistics.narrowed_blocks += 1;
+    }
+
+    /// Points a link at a lookup of its target.
+    fn link_crossing(&mut self, cpu: &Cpu, site: usize, target: u16, live: bool) {
+        if self.arena.room() < RESERVE {
+            return;
+        }
+        let origin = self.arena.position();
+        let code = self.emitter(&[], 0, cpu.mode, origin, true).crossing(target, live);
+        self.arena.push(&code);
+        self.jump_from(site, origin);
+    }
+
+    fn emitter<'a>(
+        &self,
+        guests: &'a [Guest],
+        start: u16,
+        mode: Mode,
+        origin: usize,
+        groups: bool,
+    ) -> Emitter<'a> {
+        let switches = emit::Switches {
+            lookup: self.switches.jump_lookup,
+            recipes: self.switches.flag_recipes,
+            groups: self.switches.page_groups && groups,
+        };
+        let (link, block) = (self.links.len() as u32, self.blocks.len() as u32);
+        Emitter::new(guests, start, mode, origin, self.routines, switches, link, block)
     }
 
     fn jump_from(&mut self, hole: usize, target: usize) {
@@ -208,6 +283,7 @@ impl Translator {
             let mask = ar::S | ar::CODE | ar::RW | ar::DC | ar::P | ar::UNUSABLE;
             s.limit == u32::MAX && s.ar & mask == flat
         };
+        let segments = u8::from(segment(seg::FS)) | u8::from(segment(seg::GS)) << 1;
         let sse = cpu.r.cr0 & (cr0::EM | cr0::TS) == 0
             && cpu.r.cr4 & cr4::OSFXSR != 0
             && cpu.fpu.mxcsr & 0x1f80 == 0x1f80;
@@ -220,8 +296,17 @@ impl Translator {
         f.budget = budget;
         f.code_page = cpu.r.rip & !0xfff;
         f.rflags = cpu.r.rflags as u32;
+        f.pending = u8::from(cpu.interrupt_waiting());
+        f.kernel_gs = cpu.msr.kernel_gs_base;
+        let context = cpu.tlb.context;
+        if context == context::SUPERVISOR || context == context::SUPERVISOR_AC {
+            let mode = cpu.cache.mode_key;
+            f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
+            let smap = cpu.r.cr4 & cr4::SMAP != 0;
+            f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
+        }
         f.cpl = cpu.cpl;
-        f.segments = u8::from(segment(seg::FS)) | u8::from(segment(seg::GS)) << 1;
+        f.segments = segments;
         f.base = [cpu.r.seg[seg::FS].base, cpu.r.seg[seg::GS].base];
         f.gpr = cpu.r.gpr.as_mut_ptr();
         f.fpu = &mut cpu.fpu;
@@ -240,8 +325,14 @@ impl Translator {
         let f: &mut Frame = unsafe { &mut *frame };
         let status = f.flags;
         cpu.r.flags = Flags::from_rflags(u64::from(status >> 8) | u64::from(status & 1) << 11);
-        let kept = rflags::IF | rflags::DF;
-        cpu.r.rflags = cpu.r.rflags & !kept | u64::from(f.rflags) & kept;
+        let kept = rflags::IF | rflags::DF | rflags::AC;
+        let changed = (cpu.r.rflags ^ u64::from(f.rflags)) & kept;
+        cpu.r.rflags ^= changed;
+        cpu.r.seg[seg::GS].base = f.base[1];
+        cpu.msr.kernel_gs_base = f.kernel_gs;
+        if changed & rflags::AC != 0 {
+            cpu.tlb_context_changed();
+        }
         let ran = (i64::from(budget) - i64::from(f.budget) + i64::from(f.adjust)).max(0) as u64;
         cpu.retired += ran;
         if ran > 0 {
@@ -255,6 +346,10 @@ impl Translator {
         }
         match f.kind {
             exit::SINGLE => Ran::Single,
+            exit::WIDE => {
+                self.failed_wide(cpu, f.link);
+                Ran::Single
+            }
             exit::BLOCK => {
                 self.interpret_next = true;
                 Ran::Again
@@ -284,7 +379,7 @@ impl Accelerator for Translator {
         if b.native[0] == 0 {
             b.offered += 1;
             if b.offered >= self.hot {
-                self.translate(cpu, b);
+                self.translate(cpu, b, true);
             }
         }
         if b.native[0] <= NEVER {
@@ -294,7 +389,9 @@ impl Accelerator for Translator {
         if let Some((link, rip, key)) = pending {
             let here = rip == cpu.r.rip && key == cpu.cache.exec_key;
             if let Some(&Link { site, target, live, .. }) = self.links.get(link as usize) {
-                if here && self.switches.chain && u64::from(target) == b.gpa & 0xfff {
+                if here && self.switches.chain && b.second_page != NO_PAGE {
+                    self.link_crossing(cpu, site as usize, target, live);
+                } else if here && self.switches.chain && u64::from(target) == b.gpa & 0xfff {
                     self.jump_from(site as usize, b.native[usize::from(!live)] as usize);
                     self.incoming.entry(b.native[0]).or_default().push(link);
                     self.statistics.chained += 1;
@@ -304,6 +401,9 @@ impl Accelerator for Translator {
         let code = self.arena.address(b.native[1] as usize);
         let lin = cpu.r.rip;
         cpu.tlb.enter_jump(lin, code, cpu.cache.mode_key);
+        if b.second_page != NO_PAGE {
+            cpu.tlb.note_jump_page(lin.wrapping_add(0x1000));
+        }
         self.statistics.entries += 1;
         if self.lockstep {
             return self.enter_compared(cpu, block, code);
@@ -337,12 +437,13 @@ impl Accelerator for Translator {
             ("native_instructions", s.native_instructions),
             ("native_entries", s.entries),
             ("interpreted_blocks", s.interpreted_blocks),
-            ("native_exits_single", s.exits[exit::SINGLE as usize]),
+            ("native_exits_single", s.exits[exit::SINGLE as usize] + s.exits[exit::WIDE as usize]),
             ("native_exits_block", s.exits[exit::BLOCK as usize]),
             ("native_exits_chain", s.exits[exit::CHAIN as usize]),
             ("native_exits_budget", s.exits[exit::NEXT as usize]),
             ("native_exits_lookup", s.exits[exit::LOOKUP as usize]),
             ("chained_jumps", s.chained),
+            ("narrowed_blocks", s.narrowed_blocks),
             ("code_flushes", s.flushes),
             ("code_bytes", self.arena.used() as u64),
         ]
@@ -395,6 +496,7 @@ impl Translator {
                 ("rip", cpu.r.rip, judge.registers.rip),
                 ("flags", cpu.r.flags.to_rflags() & defined, judge.registers.flags.to_rflags() & defined),
                 ("rflags", cpu.r.rflags, judge.registers.rflags),
+                ("gs base", cpu.r.seg[seg::GS].base, judge.registers.seg[seg::GS].base),
                 ("mxcsr", u64::from(cpu.fpu.mxcsr), u64::from(judge.vectors.mxcsr)),
             ] {
                 if a != b {
