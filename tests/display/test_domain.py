@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -180,9 +181,9 @@ def test_a_domain_without_a_screen(kernel: Path) -> None:
         ("register", {"name": 7}),
     ],
 )
-def test_requests_without_sense_are_refused(screen: Domain, method: str, params: dict[str, object]) -> None:
+def test_requests_without_sense_are_refused(screen: Domain, method: str, params: dict[str, Any]) -> None:
     with pytest.raises(BadOptionError):
-        screen._client.request(method, 30, **params)
+        screen._client.submit(method, params).wait(30)
 
 
 # ── the command ──

@@ -195,6 +195,8 @@ def test_pixel_formats(wanted: PixelFormat) -> None:
 
 def test_the_encoding_is_the_first_that_both_know() -> None:
     encoder = Encoder()
-    assert encoder.encoding is Encoding.RAW
-    encoder.encodings = (Encoding.DESKTOP_SIZE, Encoding.ZRLE, Encoding.TIGHT)
-    assert encoder.encoding is Encoding.ZRLE
+    chosen = [encoder.encoding]
+    for known in ((Encoding.DESKTOP_SIZE, Encoding.ZRLE, Encoding.TIGHT), (Encoding.TIGHT, Encoding.RAW)):
+        encoder.encodings = known
+        chosen.append(encoder.encoding)
+    assert chosen == [Encoding.RAW, Encoding.ZRLE, Encoding.TIGHT]

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin, Subprotocol
 
 from nonroot.api import Domain
 
@@ -97,9 +98,9 @@ def test_other_names_of_this_machine_get_nothing(port: int, cookie: str, host: s
 def test_the_socket_carries_vnc(screen: Domain, port: int, cookie: str) -> None:
     with connect(
         f"ws://127.0.0.1:{port}/websockify",
-        origin=f"http://127.0.0.1:{port}",  # type: ignore[arg-type]
+        origin=Origin(f"http://127.0.0.1:{port}"),
         additional_headers={"Cookie": cookie},
-        subprotocols=["binary"],  # type: ignore[list-item]
+        subprotocols=[Subprotocol("binary")],
     ) as socket:
         assert socket.subprotocol == "binary"
         assert socket.recv(10) == b"RFB 003.008\n"
@@ -131,7 +132,7 @@ def test_pages_of_other_sites_get_no_socket(port: int, cookie: str, origin: str 
         pytest.raises(InvalidStatus) as refused,
         connect(
             f"ws://127.0.0.1:{port}/websockify",
-            origin=given,  # type: ignore[arg-type]
+            origin=None if given is None else Origin(given),
             additional_headers={"Cookie": cookie} if with_cookie else {},
         ),
     ):

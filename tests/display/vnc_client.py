@@ -97,7 +97,7 @@ class VncClient:
                 continue
             assert kind == 0, kind
             break
-        (count,) = struct.unpack(">xH", self.read(3))
+        count = int.from_bytes(self.read(3)[1:], "big")
         for _ in range(count):
             x, y, width, height, encoding = struct.unpack(">HHHHi", self.read(12))
             self.seen.append(encoding)
