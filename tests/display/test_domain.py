@@ -16,6 +16,7 @@ from PIL import Image
 
 import nonroot
 from nonroot.api import Domain
+from nonroot.cli.main import main
 from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NotRunningError, UnsupportedError, WaitTimeoutError
 from tests.display.conftest import make
@@ -111,6 +112,7 @@ def test_a_name_is_taken_once(screen: Domain, kernel: Path) -> None:
         make(kernel, name="../escape").start()
 
 
+@pytest.mark.slow
 def test_entries_of_dead_domains_vanish(kernel: Path, runtime: Path) -> None:
     domain = make(kernel).start()
     assert domain.name is not None
@@ -224,12 +226,16 @@ def test_screenshot(screen: Domain, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_sentence(
-    screen: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+    screen: Domain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = command(*arguments)
-    assert result.returncode == 125
-    error = result.stderr.decode()
+    assert main(arguments) == 125
+    error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -252,7 +258,41 @@ def test_names_are_completed(screen: Domain) -> None:
 
 
 @pytest.mark.parametrize("verb", ["list", "screenshot", "type", "vncviewer"])
-def test_help_has_examples(verb: str) -> None:
-    result = command(verb, "--help")
-    assert result.returncode == 0
-    assert f"  nonroot {verb}" in result.stdout.decode()
+def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"  nonroot {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_serves_its_screen(kernel: Path, runtime: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "nonroot",
+            "run",
+            "--kernel",
+            str(kernel),
+            "-m",
+            "16M",
+            "--name",
+            "run",
+            "--vnc",
+            "--json",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"nonroot: domain run: VNC at unix:{runtime / 'run.vnc'}\n".encode()
+        with nonroot.connect("run") as running:
+            running.wait_for_text(GREETING, 30)
+            assert running.vnc() == f"unix:{runtime / 'run.vnc'}"
+    finally:
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    record = json.loads(output)
+    assert (record["name"], record["vnc"]) == ("run", f"unix:{runtime / 'run.vnc'}")
+    assert not list(runtime.glob("run.*"))

@@ -94,13 +94,9 @@ def test_the_cursor(adapter: Adapter) -> None:
         adapter.out(0x3D4, index)
         adapter.out(0x3D5, value)
     picture = shot(adapter)
-    lit = {
-        (x, y)
-        for x in range(720)
-        for y in range(400)
-        if picture.getpixel((x, y)) == attribute_colour(TEXT.attribute, 12)
-    }
-    assert lit == {(x, y) for x in range(9, 18) for y in (16 + 13, 16 + 14)}
+    wanted = Image.new("RGB", (720, 400), attribute_colour(TEXT.attribute, 0))
+    wanted.paste(attribute_colour(TEXT.attribute, 12), (9, 16 + 13, 18, 16 + 15))
+    same(picture, wanted)
 
 
 def test_text_start_address_and_split(adapter: Adapter) -> None:
@@ -242,7 +238,7 @@ def test_blank(adapter: Adapter) -> None:
 def test_any_registers_can_be_drawn() -> None:
     """Whatever a guest writes, there is a picture of a bounded size."""
     rng = random.Random(9)
-    for _ in range(60):
+    for _ in range(30):
         adapter = Adapter()
         adapter.ram.view[:0x8000] = rng.randbytes(0x8000)
         for _ in range(rng.randrange(60)):

@@ -128,7 +128,7 @@ def test_nonsense_ends_the_conversation(data: bytes) -> None:
         started().feed(data)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(st.binary(max_size=80), max_size=12), st.booleans())
 def test_anything_is_understood_or_refused(pieces: list[bytes], after_handshake: bool) -> None:
     made = started() if after_handshake else session()
@@ -151,7 +151,7 @@ message = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(message, max_size=10))
 def test_whole_messages_of_any_content(messages: list[tuple[int, bytes]]) -> None:
     made = started()

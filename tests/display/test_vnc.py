@@ -148,11 +148,11 @@ def test_idle_viewers_cost_nothing(screen: Domain, viewer: VncClient) -> None:
     viewer.request(False)
     viewer.update()
     viewer.request()
-    time.sleep(0.3)
+    time.sleep(0.2)
     pids = [screen.pid, *children(screen.pid)]
     assert len(pids) == 2
     before = [cpu_ticks(pid) for pid in pids]
-    time.sleep(1)
+    time.sleep(0.5)
     assert [cpu_ticks(pid) - then for pid, then in zip(pids, before, strict=True)] == [0, 0]
 
 
@@ -213,6 +213,7 @@ def test_a_viewer_that_never_reads_holds_nobody_up(screen: Domain, path: str, vi
     lazy.close()
 
 
+@pytest.mark.slow
 def test_there_is_room_for_some_and_then_no_more(path: str) -> None:
     time.sleep(0.3)
     many = [connect(path) for _ in range(MAX_VIEWERS + 4)]
@@ -243,6 +244,7 @@ def guarded(kernel: Path, runtime: Path) -> Iterator[tuple[str, int]]:
         yield host, int(port)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [b"RFB 003.003\n", b"RFB 003.007\n", b"RFB 003.008\n"])
 def test_a_password_lets_in(guarded: tuple[str, int], version: bytes) -> None:
     client = VncClient(socket.create_connection(guarded), version, lambda challenge: des_response(b"geheim", challenge))
@@ -252,6 +254,7 @@ def test_a_password_lets_in(guarded: tuple[str, int], version: bytes) -> None:
     client.close()
 
 
+@pytest.mark.slow
 def test_a_wrong_password_does_not(guarded: tuple[str, int]) -> None:
     began = time.monotonic()
     with (
@@ -262,6 +265,7 @@ def test_a_wrong_password_does_not(guarded: tuple[str, int]) -> None:
     assert time.monotonic() - began > 0.9, "guessing takes its time"
 
 
+@pytest.mark.slow
 def test_it_listens_on_loopback_only(guarded: tuple[str, int]) -> None:
     port = guarded[1]
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -295,6 +299,7 @@ def test_addresses() -> None:
     assert parse_address("unix:/tmp/x").path == "/tmp/x"
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_listened_at(kernel: Path, tmp_path: Path) -> None:
     with make(kernel) as domain:
         file = tmp_path / "file"

@@ -41,8 +41,8 @@ class Shell:
             MachineConfig(
                 128 << 20,
                 guest.kernel.read_bytes(),
-                CMDLINE + options,
-                guest.initrd.read_bytes() if guest.initrd else None,
+                cmdline=CMDLINE + options,
+                initrd=guest.initrd.read_bytes() if guest.initrd else None,
                 base_wall_ns=base_wall_ns,
             ),
             InterpretEngine(),
