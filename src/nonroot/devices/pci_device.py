@@ -213,7 +213,7 @@ class PciDevice(ConfigSpace):
             else:
                 registers[bar.register] = (4, BAR_PREFETCHABLE if bar.prefetchable else 0)
                 masks.append((bar.register, 4, -bar.size & 0xFFFF_FFF0))
-        # Both spaces can be enabled without a BAR too: legacy ranges (VGA, IDE) are there, and firmware checks the bits.
+        # Both spaces can be enabled without a BAR too: legacy ranges (VGA, IDE) are there; firmware checks the bits.
         masks.append((COMMAND, 2, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER))
         super().__init__(registers | dict(header or {}), [*masks, *writable])
         self._regions: tuple[Region, ...] = ()
