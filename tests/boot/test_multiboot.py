@@ -1,5 +1,6 @@
 """Multiboot kernels: headers, placement, the information structure, and what is refused."""
 
+import contextlib
 import gzip
 import struct
 
@@ -117,7 +118,5 @@ def test_the_header_is_looked_for_in_the_first_8_kib() -> None:
 def test_damaged_headers_never_raise_anything_else(noise: bytes, place: int) -> None:
     image = bytearray(flat())
     image[place : place + len(noise)] = noise
-    try:
-        plan_boot(bytes(image), SMALL, protocol="multiboot")
-    except BootError as error:
-        assert "\n" not in str(error)
+    with contextlib.suppress(BootError):
+        assert plan_boot(bytes(image), SMALL, protocol="multiboot").protocol == "multiboot"

@@ -66,8 +66,6 @@ def loader_files(acpi: AcpiTables) -> dict[str, bytes]:
     for offset in range(HEADER, len(parts["XSDT"][1]), 8):
         relocate(TABLES, blob, place["XSDT"] + offset, 8)
     relocate(RSDP, rsdp, 24, 8)
-    script += [
-        _checksum(TABLES, place[name] + CHECKSUM, place[name], len(parts[name][1])) for name in ("FACP", "XSDT")
-    ]
+    script += [_checksum(TABLES, place[name] + CHECKSUM, place[name], len(parts[name][1])) for name in ("FACP", "XSDT")]
     script.append(_checksum(RSDP, 32, 0, 36))
     return {TABLES: bytes(blob), RSDP: bytes(rsdp), SCRIPT: b"".join(script)}
