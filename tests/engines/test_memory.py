@@ -37,6 +37,18 @@ def test_map_and_look() -> None:
     assert [run[:2] for run in memory.runs()] == [(0, 1), (9, 1), (10, 1)]
 
 
+def test_the_dirty_log_of_a_range() -> None:
+    memory = Memory()
+    memory.map(0, 8, backing(memory, 8), 0)
+    for gfn in (1, 3, 4, 6):
+        memory.write(gfn << 12, b"x")
+    assert memory.take_dirty_in(2, 3) == [3, 4]
+    assert memory.take_dirty_in(2, 3) == []
+    assert memory.take_dirty_in(0, 0) == []
+    assert memory.take_dirty_in((1 << 28) - 1, 1 << 60) == []
+    assert memory.take_dirty() == [1, 6]
+
+
 def test_all_kinds_of_buffers() -> None:
     memory = Memory()
     memory.map(0, 2, backing(memory), 0)

@@ -69,30 +69,48 @@ class DirtyLog:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._windows: dict[int, tuple[set[int], int]] = {}
-        self._rest: set[int] = set()
+        self._runs: list[tuple[int, int]] | None = []
 
     def watch(self, gfn: int, pages: set[int], page: int) -> None:
         """From now on, writes to ``gfn`` add ``page`` to ``pages``."""
         self._windows[gfn] = (pages, page)
+        self._runs = None
 
     def forget(self, gfn: int) -> None:
         """Undo :meth:`watch`."""
         self._windows.pop(gfn, None)
+        self._runs = None
 
     def collect(self) -> None:
-        """Take the engine's log and hand it out."""
-        for gfn in self._memory.take_dirty():
-            window = self._windows.get(gfn)
-            if window is None:
-                self._rest.add(gfn)
-            else:
-                window[0].add(window[1])
+        """Hand out the board memories' part of the engine's log; the rest stays there."""
+        if self._runs is None:
+            self._runs = _runs(sorted(self._windows))
+        for first, count in self._runs:
+            for gfn in self._memory.take_dirty_in(first, count):
+                pages, page = self._windows[gfn]
+                pages.add(page)
 
     def take_rest(self) -> set[int]:
         """Frames of ordinary memory written since the last call."""
-        self.collect()
-        rest, self._rest = self._rest, set()
+        rest = set()
+        for gfn in self._memory.take_dirty():
+            window = self._windows.get(gfn)
+            if window is None:
+                rest.add(gfn)
+            else:
+                window[0].add(window[1])
         return rest
+
+
+def _runs(gfns: list[int]) -> list[tuple[int, int]]:
+    """Ascending frame numbers as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for gfn in gfns:
+        if runs and sum(runs[-1]) == gfn:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((gfn, 1))
+    return runs
 
 
 class BoardRam:
