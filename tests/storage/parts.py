@@ -212,9 +212,9 @@ class Driver:
             self.write(register, value & 0xFF)
         self.write(7, opcode)
 
-    def no_data(self, opcode: int, **task: int) -> int:
+    def no_data(self, opcode: int, lba: int = 0, count: int = 0, features: int = 0) -> int:
         """A command without data; its status."""
-        self.command(opcode, **task)
+        self.command(opcode, lba, count, features)
         self.wait()
         return self.acknowledge()
 

@@ -75,8 +75,7 @@ class PiixIde(PciDevice):
         super().reset()
 
     def _decoded(self, number: int) -> bool:
-        timing = self.data[TIMING + 2 * number + 1]
-        return bool(timing & TIMING_DECODE >> 8 and self.command & COMMAND_IO)
+        return bool(self.data[COMMAND] & COMMAND_IO and self.data[TIMING + 2 * number + 1] & TIMING_DECODE >> 8)
 
     def deadline(self) -> int | None:
         """When an answer of a medium is due, in virtual time (ns)."""

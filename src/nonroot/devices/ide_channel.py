@@ -21,6 +21,7 @@ from nonroot.devices.ide_record import (
     Phase,
 )
 from nonroot.devices.ide_unit import BSY, DEVICE_1, DEVICE_OBSOLETE, DRDY, DRQ, DSC, ERR, READY, UNC, Unit
+from nonroot.devices.pci_device import PciConnection
 from nonroot.hvm.device import Clock, Events, IrqLine
 
 __all__ = ["BusMemory", "Channel"]
@@ -65,15 +66,11 @@ NO_MEDIUM: Final = BlockResult(BlockStatus.IO_ERROR)
 class BusMemory(Protocol):
     """The bus master's way to guest memory."""
 
+    connection: PciConnection
+
     @property
     def bus_master(self) -> bool:
         """Whether the guest has switched it on."""
-
-    def dma_read(self, address: int, length: int) -> bytes:
-        """Guest memory."""
-
-    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Write guest memory."""
 
 
 class Channel:
@@ -598,7 +595,7 @@ class Channel:
 
     def _scatter(self, data: bytes) -> bool:
         """``data``, from ``position`` on, to where the table says; false if the table ends before."""
-        write, position, size = self._memory.dma_write, self.position, len(data)
+        write, position, size = self._memory.connection.dma.write, self.position, len(data)
         self._table = b""
         with memoryview(data) as view:
             while position < size:
@@ -621,7 +618,7 @@ class Channel:
             if not self.prd_left and not self._next_region():
                 return None
             part = min(self.prd_left, size)
-            parts.append(self._memory.dma_read(self.prd_address, part))
+            parts.append(self._memory.connection.dma.read(self.prd_address, part))
             self.prd_address += part
             self.prd_left -= part
             size -= part
@@ -649,7 +646,8 @@ class Channel:
         """(address, bytes, whether it is the last) of the entry at ``prd_next``."""
         if not self._table:
             # As much as is likely to be wanted, at once. The table lies within 64 KiB: the address wraps there.
-            self._table = self._memory.dma_read(self.prd_next, min(TABLE_PART, 0x1_0000 - (self.prd_next & 0xFFFF)))
+            size = min(TABLE_PART, 0x1_0000 - (self.prd_next & 0xFFFF))
+            self._table = self._memory.connection.dma.read(self.prd_next, size)
             self._table_at = 0
         address, count = _ENTRY.unpack_from(self._table, self._table_at)
         return address & ~1, count & 0xFFFE or 0x1_0000, count >> 31
