@@ -74,7 +74,7 @@ test-all: $(STAMPS)/dev
 # Systems boot from disk, CD and floppy, on every engine; FAST=1 leaves out whole systems.
 matrix: $(STAMPS)/dev
 	@$(PY) -m nonroot.guests fetch amd64 686-pae 686 || true
-	$(PYTEST) tests/matrix $(if $(FAST),-m "not slow")
+	$(PYTEST) --dist load tests/matrix $(if $(FAST),-m "not slow")
 
 soak: $(STAMPS)/dev guests
 	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only '$(ONLY)')

@@ -1,5 +1,6 @@
 """Domains that start in firmware, through the API and the command line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_the_power_button(tmp_path: Path) -> None:
         assert domain.stopped is None
         domain.press_power_button()
         assert domain.wait(30).reason == "poweroff"
+
+
+def test_the_buttons_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    name = f"buttons-{os.getpid()}"
+    with nonroot.Domain(firmware=image(tmp_path, UNTIL_POWER_BUTTON), name=name, **options()) as domain:  # type: ignore[arg-type]
+        domain.console.expect("1", 30)
+        assert main(["reset", name]) == 0
+        domain.console.expect("2", 30)
+        assert main(["power-button", name]) == 0
+        assert domain.wait(30).reason == "poweroff"
+    assert main(["reset", name]) == 125
+    assert name in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
