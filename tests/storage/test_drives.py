@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nonroot import Domain
+from nonroot.cli.main import main
 from nonroot.domain.drives import Drives, check_drives
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError, BadOptionError, UnsupportedError
@@ -97,3 +98,27 @@ def test_a_domain_says_at_once_what_is_wrong(tmp_path: Path) -> None:
     domain = Domain(disks=[tmp_path / "missing.img"], flavour="cloud-amd64")
     with pytest.raises(BadFileError, match="missing.img does not exist"):
         domain.start()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--disk", "{0}/missing.img"], "the disk image {0}/missing.img does not exist"),
+        (["--disk", "{0}"], "the disk image {0} is a directory"),
+        (["--disk", "{0}/empty"], "the disk image {0}/empty is empty"),
+        (["--disk", "{0}/empty,rw"], "'rw' is no option of a disk image"),
+        (["--cdrom", "{0}/missing.iso"], "the CD image {0}/missing.iso does not exist"),
+        (["--floppy", "{0}/missing.img"], "the floppy image {0}/missing.img does not exist"),
+    ],
+)
+def test_the_command_says_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    (tmp_path / "empty").touch()
+    # A kernel that is no kernel: the drives are looked at before it.
+    (tmp_path / "kernel").write_bytes(b"x")
+    status = main(["run", "--kernel", f"{tmp_path}/kernel", *(word.format(tmp_path) for word in arguments)])
+    out, err = capfd.readouterr()
+    assert (status, out) == (125, "")
+    assert sentence.format(tmp_path) in err
+    assert len(err.strip().splitlines()) == 1
