@@ -20,7 +20,7 @@ from nonroot.cli.main import main
 from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NotRunningError, UnsupportedError, WaitTimeoutError
 from tests.display.conftest import make
-from tests.display.vga_guest import GREETING
+from tests.display.vga_guest import GREETING, linear_pixel
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
@@ -154,6 +154,20 @@ def test_a_picture_has_no_text(kernel: Path) -> None:
         assert domain.stats.exits["Mmio"] < 6000, "stores to mode 13h's memory are no exits, all but the first"
 
 
+def test_the_linear_framebuffer_is_memory(kernel: Path) -> None:
+    with make(kernel) as domain:
+        domain.wait_for_text(GREETING, 30)
+        exits = domain.stats.exits
+        domain.keyboard.type("<f2>")
+        wanted = Image.new("RGB", (640, 480))
+        wanted.putdata([linear_pixel(number) for number in range(640 * 480)])
+        deadline = time.monotonic() + 20
+        while domain.screen().tobytes() != wanted.tobytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert domain.stats.exits["Mmio"] == exits["Mmio"], "no store to it is an exit"
+
+
 def test_a_domain_without_a_screen(kernel: Path) -> None:
     with Domain(kernel=kernel, agent=False, memory="16M", console=False) as domain:
         with pytest.raises(UnsupportedError, match="no screen"):
@@ -261,6 +275,16 @@ def test_names_are_completed(screen: Domain) -> None:
 def test_help_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"  nonroot {verb}" in capsys.readouterr().out
+
+
+def test_viewers_that_are_not_there(screen: Domain, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "nonroot", "vncviewer", "screen"], capture_output=True, env=environment, check=False
+    )
+    assert result.returncode == 125
+    assert b"no VNC viewer here" in result.stderr
+    assert command("vncviewer", "screen", "--address").stdout.startswith(b"unix:/")
 
 
 @pytest.mark.slow

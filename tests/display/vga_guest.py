@@ -1,7 +1,7 @@
 """A guest that drives the VGA by itself, without a BIOS: a kernel with a PVH note, assembled here.
 
 It sets up a text mode with a font of its own, writes a line, and waits, halted, for the keyboard: letters are
-echoed on the second line, F1 sets mode 13h and fills it.
+echoed on the second line, F1 sets mode 13h and fills it, F2 does the same with the Bochs extension's framebuffer.
 """
 
 import struct
@@ -17,6 +17,7 @@ FONT = {
 }
 """A glyph's every line is its code: a picture tells which character it is."""
 
+FRAMEBUFFER = 0xE000_0000
 GREETING = "The screen works"
 
 
@@ -25,6 +26,20 @@ def _writes(mode: Mode) -> str:
     for port, value in mode.writes():
         lines += [f"    mov dx, {port:#x}", f"    mov al, {value:#x}", "    out dx, al"]
     return "\n".join(lines)
+
+
+def _dispi(registers: dict[int, int]) -> str:
+    lines = []
+    for index, value in registers.items():
+        lines += ["    mov dx, 0x1ce", f"    mov ax, {index}", "    out dx, ax"]
+        lines += ["    mov dx, 0x1cf", f"    mov ax, {value:#x}", "    out dx, ax"]
+    return "\n".join(lines)
+
+
+def linear_pixel(number: int) -> tuple[int, int, int]:
+    """What F2 draws: red, green, blue of the pixel."""
+    value = (number * 0x9E3779B1 & 0xFFFF_FFFF) >> 8
+    return value >> 16, value >> 8 & 0xFF, value & 0xFF
 
 
 SOURCE = f"""
@@ -143,6 +158,8 @@ handler:
     in al, 0x60
     cmp al, 0x3b            ; F1: mode 13h
     je graphics
+    cmp al, 0x3c            ; F2: the linear framebuffer
+    je linear
     cmp al, 0x80
     jae done
     movzx ebx, al
@@ -168,6 +185,37 @@ fill:
     stosb
     dec ecx
     jne fill
+    pop ecx
+    pop edi
+    jmp done
+
+linear:
+    push edi
+    push ecx
+    ; BAR 0 of 00:02.0, and memory space on
+    mov dx, 0xcf8
+    mov eax, 0x80001010
+    out dx, eax
+    mov dx, 0xcfc
+    mov eax, {FRAMEBUFFER:#x}
+    out dx, eax
+    mov dx, 0xcf8
+    mov eax, 0x80001004
+    out dx, eax
+    mov dx, 0xcfc
+    mov ax, 3
+    out dx, ax
+{_dispi({1: 640, 2: 480, 3: 32, 4: 0x41})}
+    mov edi, {FRAMEBUFFER:#x}
+    mov ecx, 0
+pixel:
+    mov eax, ecx
+    imul eax, eax, 0x9e3779b1 - 0x100000000
+    shr eax, 8
+    stosd
+    inc ecx
+    cmp ecx, 640 * 480
+    jne pixel
     pop ecx
     pop edi
     jmp done

@@ -30,7 +30,7 @@ PIECE: Final = 1 << 16
 """Bytes of a message."""
 COOKIE: Final = "nonroot"
 SOCKET_PATH: Final = "/websockify"
-PAGE: Final = "/vnc.html?autoconnect=1&resize=scale&path=websockify"
+PAGE: Final = "/vnc.html?autoconnect=1&amp;resize=scale&amp;path=websockify"
 SAFE_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -133,11 +133,14 @@ class WebServer:
         until = self._links.pop(token, 0.0)
         if until <= time.monotonic():
             return _plain(http.HTTPStatus.FORBIDDEN, "this link has been used, or is too old; ask for another one")
+        # A page of ours that goes on by itself: after a redirect from another site's page, the browser would keep the
+        # cookie to itself.
+        body = f'<!doctype html><title>nonroot</title><meta http-equiv="refresh" content="0;url={PAGE}">'.encode()
         headers = Headers(SAFE_HEADERS)
         headers["Set-Cookie"] = f"{COOKIE}{self._port}={self._session}; HttpOnly; SameSite=Strict; Path=/"
-        headers["Location"] = PAGE
-        headers["Content-Length"] = "0"
-        return Response(http.HTTPStatus.SEE_OTHER, "See Other", headers, b"")
+        headers["Content-Type"] = "text/html; charset=utf-8"
+        headers["Content-Length"] = str(len(body))
+        return Response(http.HTTPStatus.OK, "OK", headers, body)
 
     def _file(self, path: str) -> Response:
         wanted = (self._root / unquote(path).lstrip("/")).resolve()
