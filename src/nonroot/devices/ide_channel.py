@@ -56,6 +56,8 @@ EMPTY: Final = 0x7F
 REASON_COMMAND: Final = 0x01
 REASON_IN: Final = 0x02
 
+DMA_REQUEST: Final = 1 << 20
+"""Bytes of the largest request whose data goes to memory by DMA."""
 TABLE_PART: Final = 1024
 """Bytes of the bus master's table that are read at once; within one move, not kept."""
 _ENTRY: Final = struct.Struct("<II")
@@ -352,7 +354,9 @@ class Channel:
         elif self.action in WRITES:
             request = BlockRequest(BlockOp.WRITE, self.lba * size, len(self.buffer), bytes(self.buffer), self.issued)
         else:
-            length = min(self.left, CHUNK // size) * size
+            # What goes to memory by DMA does not stay in the buffer.
+            most = DMA_REQUEST if self.action in DMA_ACTIONS else CHUNK
+            length = min(self.left, most // size) * size
             request = BlockRequest(BlockOp.READ, self.lba * size, length, issued_ns=self.issued)
         port = unit.port
         if port is None:
@@ -571,8 +575,14 @@ class Channel:
         self.acting.status = READY | DRQ
         if self._may_move() and self._scatter(data):
             self._delivered()
-        else:
-            self.buffer[:] = data
+            return
+        # The buffer holds a part; whole sectors beyond it will be read again.
+        size = self.acting.sector
+        again = max(0, -(-(len(data) - self.position - CHUNK) // size))
+        self.buffer[:] = data[self.position : len(data) - again * size]
+        self.position = 0
+        self.lba -= again
+        self.left += again
 
     def _delivered(self) -> None:
         self.buffer.clear()

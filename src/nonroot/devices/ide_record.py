@@ -10,8 +10,8 @@ from nonroot.hvm.pci import CONFIG_SIZE
 
 __all__ = ["CHANNEL_FIELDS", "CHUNK", "UNIT_FIELDS", "Action", "IdeState", "Phase"]
 
-CHUNK: Final = 512 * 1024
-"""Bytes that one request moves at most, and that a channel buffers."""
+CHUNK: Final = 256 * 1024
+"""Bytes that a channel buffers at most."""
 
 
 class Phase(IntEnum):
@@ -127,12 +127,13 @@ class IdeState(StateRecord):
         if (phase is Phase.IDLE) != (action is Action.NONE):
             return "action does not fit the phase"
         if phase is Phase.WORK:
+            flushing = self.flushing[number] == 1
             good = (
                 action in READS
-                or (action in WRITES and left > 0)
-                or (action is Action.FLUSH and self.flushing[number] == 1)
+                or (action in WRITES and (left > 0 or flushing))
+                or (action is Action.FLUSH and flushing)
             )
-            if action in WRITES and not self.flushing[number]:
+            if action in WRITES and not flushing:
                 good = size > 0 and size % SECTOR == 0 and size <= wanted
             elif action in READS:
                 good = left > 0

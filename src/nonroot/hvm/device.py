@@ -152,7 +152,7 @@ class StateRecord:
             elif kind == "fifo":
                 used = next(values)
                 content = next(values)
-                if used > len(content) or any(content[used:]):
+                if used > len(content) or content[used:].strip(b"\0"):
                     raise StateError(f"{cls.NAME} state: {f.name} claims {used} bytes of {len(content)}")
                 arguments[f.name] = content[:used]
             else:
