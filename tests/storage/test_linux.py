@@ -122,3 +122,22 @@ def test_a_failing_disk_is_an_io_error(domain: nonroot.Domain, place: Path) -> N
     assert result.returncode != 0
     assert "error" in result.stderr
     assert domain.run("dd if=/dev/disk bs=64k count=1 | sha256sum").stdout.split()[0] == sha256(pattern(65536))
+
+
+def test_the_floppy_driver(place: Path) -> None:
+    """The cloud kernel has none: this one is the amd64 kernel's, which finds the drive in the CMOS memory."""
+    guest = cached("amd64")
+    if guest is None or guest.modules is None or guest.initrd is None:
+        pytest.skip("Debian's amd64 kernel has not been fetched")
+    initrd, image = place / "initrd-floppy", place / "floppy.img"
+    initrd.write_bytes(guest.initrd.read_bytes() + modules_archive(guest.modules, ("floppy",)))
+    content = bytearray(pattern(1_474_560, 5))
+    image.write_bytes(content)
+    with nonroot.Domain(kernel=guest.kernel, initrd=initrd, floppy=image, timeout=200) as domain:
+        domain.run(["sh", "/etc/load-modules"], check=True)
+        assert "fd0 is 1.44M" in domain.run(["dmesg"]).stdout
+        assert guest_sha256(domain, "/dev/fd0") == sha256(bytes(content))
+        domain.run("dd if=/dev/zero of=/dev/fd0 bs=512 count=40 seek=30 conv=notrunc,fsync", check=True)
+        content[30 * 512 : 70 * 512] = bytes(40 * 512)
+        assert image.read_bytes() == content
+        assert guest_sha256(domain, "/dev/fd0") == sha256(bytes(content))

@@ -260,9 +260,10 @@ class Machine:
         return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042)
 
     def _place_tables(self, config: MachineConfig) -> None:
-        """Without firmware, its work is ours: the tables in memory, and the routes of the PCI interrupts."""
+        """Without firmware, its work is ours: tables in memory, what drives there are, routes of the PCI interrupts."""
         for address, data in self._acpi(config).image():
             self.memory.write(address, data)
+        self.rtc.preset(self.board.cmos)
         self.pci.set_routes(FIRMWARE_ROUTES)
         self.pic.write(SLAVE_ELCR, 1, sum(1 << irq - 8 for irq in set(FIRMWARE_ROUTES)))
 
