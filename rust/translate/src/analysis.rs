@@ -512,7 +512,7 @@ pub fn guest(
     let kind = match i.mnemonic() {
         Nop | Endbr64 | Endbr32 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchw => Kind::Nop,
         Push if stack_width(-width) && !registers().any(|r| r.is_segment_register()) => Kind::Push,
-        Pop if stack_width(width) && registers().any(|r| number(r).is_some_and(|n| n != RSP)) => Kind::Pop,
+        Pop if stack_width(width) && registers().any(|r| number(r).is_some()) => Kind::Pop,
         Leave if matches!(i.code(), Code::Leaveq if long) || matches!(i.code(), Code::Leaved if !long) => {
             Kind::Leave
         }
@@ -592,13 +592,16 @@ pub fn guest(
             g.writes |= 1 << (u.register().full_register().number() & 15);
         }
     }
+    // PUSH and CALL only read their operand; what they write is on the stack.
+    let pushes = matches!(kind, Kind::Push | Kind::CallIndirect);
     if let Some(m) = &mut g.memory {
-        m.write = used.used_memory().iter().any(|u| {
-            !matches!(
-                u.access(),
-                OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
-            )
-        });
+        m.write = !pushes
+            && used.used_memory().iter().any(|u| {
+                !matches!(
+                    u.access(),
+                    OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+                )
+            });
     }
     let changed = i.rflags_modified() & STATUS;
     g.flags_changed = changed != 0;
@@ -620,7 +623,7 @@ pub fn guest(
             g.stack = Stack::Write(width as u8);
         }
         Kind::Pop => {
-            g.stack_delta = Some(width);
+            g.stack_delta = (number(i.op0_register()) != Some(RSP)).then_some(width);
             g.stack = Stack::Read(width as u8);
         }
         Kind::Return => g.stack = Stack::Read(width as u8),

@@ -252,7 +252,9 @@ impl<'a> Emitter<'a> {
     pub fn run(mut self) -> Emitted<Translated> {
         self.entry[0] = Some(self.a.here());
         let vectors = self.guests.iter().map(|g| g.vectors).max().unwrap_or(0);
-        match self.first_event() {
+        // Whether the vector registers are the guest's is looked at first, which takes the flags.
+        let event = if vectors == 0 { self.first_event() } else { Event::Spoil };
+        match event {
             Event::Spoil => {
                 frame::save_flags(&mut self.a);
                 self.flags = Flags::Saved;
@@ -307,7 +309,7 @@ impl<'a> Emitter<'a> {
                     | Kind::JumpIndirect
                     | Kind::CallIndirect
             );
-            if g.vectors != 0 || memory || other || g.stack != Stack::None {
+            if memory || other || g.stack != Stack::None {
                 return Event::Spoil;
             }
             if g.kind == Kind::Jump {
@@ -948,6 +950,10 @@ impl<'a> Emitter<'a> {
         let width = self.width();
         let guest = analysis::number(g.i.op0_register()).ok_or("POP to no register")?;
         let disp = self.access(self.stack_key(), 0, width as u16, false);
+        if guest == RSP {
+            self.a.load(self.long(), host::R11, at(RAX, disp));
+            return Ok(());
+        }
         match HOST_OF[guest as usize] {
             Some(reg) => self.a.load(self.long(), reg, at(RAX, disp)),
             None => {
