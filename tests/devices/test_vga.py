@@ -2,12 +2,14 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
 from nonroot.devices.vga import DISPI, FRAME_NS, MMIO, WINDOW, Vga
 from nonroot.devices.vga_state import MEMORY_SIZE, SHADOW, VRAM_SIZE, VgaState
 from nonroot.hvm.clock import ManualClock
+from nonroot.hvm.device import StateError
 from tests.devices.modes import CGA4, MODE_13H, MONO_WINDOW_TEXT, PLANAR, TEXT, Adapter
 from tests.hvm.makers import FakeRam
 
@@ -432,6 +434,18 @@ def test_a_record_of_a_text_mode_with_its_memory(adapter: Adapter) -> None:
     assert other.ram.shown == []
     assert other.load(0xB8000, 6) == b"saved\x07"
     assert other.ram.shown == [(0xB8000, SHADOW, 0x8000)]
+
+
+def test_a_record_of_an_absurd_picture_is_refused(adapter: Adapter) -> None:
+    for index, value in ((1, 640), (2, 480), (3, 32), (4, 1)):
+        adapter.dispi(index, value)
+    good = adapter.vga.state()
+    assert VgaState.unpack(good.pack()) == good
+    for index, value in ((1, 0xFFFF), (2, 0xFFFF), (3, 77), (6, 8), (6, 0xFFFF), (8, 4096), (9, 0xFFFF)):
+        bad = replace(good, dispi=(*good.dispi[:index], value, *good.dispi[index + 1 :]))
+        with pytest.raises(StateError, match="does not fit"):
+            adapter.vga.from_state(bad)
+    assert adapter.vga.state() == good
 
 
 def test_reset_keeps_the_memory_and_takes_the_window_away(adapter: Adapter) -> None:

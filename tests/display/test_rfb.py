@@ -1,5 +1,6 @@
 """The protocol's parser and the encoders, by themselves."""
 
+import os
 import random
 import struct
 
@@ -163,6 +164,34 @@ def test_whole_messages_of_any_content(messages: list[tuple[int, bytes]]) -> Non
                     assert len(pixels.full(Image.new("RGB", (3, 2), (9, 99, 199)))) == 6 * event.format.bits // 8
     except ProtocolError:
         pass
+
+
+@pytest.mark.soak
+def test_conversations_with_flipped_bytes() -> None:
+    rng = random.Random(int(os.environ.get("NONROOT_SOAK_ROUND", "0")))
+    good = (
+        HANDSHAKE
+        + struct.pack(">BBHHHH", 3, 1, 0, 0, 640, 480)
+        + struct.pack(">BBxxI", 4, 1, 0x61)
+        + struct.pack(">BBHH", 5, 3, 10, 20)
+        + struct.pack(">BBHII", 255, 0, 1, 0x61, 0x1E)
+        + struct.pack(">B3xI", 6, 5)
+        + b"paste"
+        + struct.pack(">BxH4i", 2, 4, 16, 0, 12345, -223)
+        + b"\0\0\0\0"
+        + PixelFormat().pack()
+    )
+    for _ in range(300_000):
+        data = bytearray(good)
+        for _ in range(rng.randrange(4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        made = session()
+        try:
+            cut = rng.randrange(len(data))
+            made.feed(bytes(data[:cut]))
+            made.feed(bytes(data[cut:]))
+        except ProtocolError:
+            continue
 
 
 FORMATS = [

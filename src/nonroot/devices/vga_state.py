@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Final
 
-from nonroot.hvm.device import StateRecord, array, blob, flag, u8, u16, u32
+from nonroot.hvm.device import StateError, StateRecord, array, blob, flag, u8, u16, u32
 from nonroot.hvm.pci import CONFIG_SIZE
 
 __all__ = ["MEMORY_SIZE", "SHADOW", "SHADOW_SIZE", "VRAM_SIZE", "Picture", "PictureKind", "VgaState", "picture"]
@@ -88,6 +88,22 @@ class VgaState(StateRecord):
     dispi: tuple[int, ...] = array("H", DISPI_COUNT)
     shadow: bool = flag()
     """Characters and attributes of the text window are in SHADOW."""
+
+    def check_consistency(self) -> None:
+        """A picture of the Bochs extension fits the memory: whoever draws it relies on that."""
+        r = self.dispi
+        if not r[ENABLE] & ENABLED:
+            return
+        stride = line_bytes(r[VIRT_WIDTH], r[BPP])
+        fits = (
+            r[BPP] in DEPTHS
+            and 8 <= r[XRES] <= MAX_XRES
+            and 1 <= r[YRES] <= MAX_YRES
+            and r[X_OFFSET] + r[XRES] <= r[VIRT_WIDTH] <= 2 * MAX_XRES
+            and (r[Y_OFFSET] + r[YRES]) * stride <= VRAM_SIZE
+        )
+        if not fits:
+            raise StateError("vga state: dispi describes a picture that does not fit")
 
 
 class PictureKind(Enum):

@@ -158,6 +158,8 @@ class Screen:
                 pending.wait(ANSWER_TIMEOUT)
                 try:
                     self._memory = mmap.mmap(pending.fds[0], MEMORY_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+                except (ValueError, IndexError, OSError) as error:
+                    raise InternalError(f"the domain's screen memory cannot be mapped: {error}") from None
                 finally:
                     for fd in pending.fds:
                         os.close(fd)
