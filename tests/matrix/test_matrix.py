@@ -90,6 +90,25 @@ def test_ovmf_to_its_shell(make: Maker, tmp_path: Path) -> None:
     pc.wait_serial("UEFI v2", 60)
 
 
+@pytest.mark.slow
+def test_ovmf_boots_a_cd(make: Maker) -> None:
+    image = fetched("ovmf", "usr/share/ovmf/OVMF.fd").read_bytes()
+    pc = make(cd=fetched("memtest86+", MEMTEST + "x64.iso"), firmware=Firmware(image), memory=256 * MIB)
+    pc.wait_serial("starting Boot0001", 180)
+    pc.run_until(lambda: share_of(pc, MEMTEST_BLUE) > 0.6, 300, "memtest's screen did not appear")
+    assert pc.picture().size == (640, 480)
+
+
+MEMTEST_BLUE = (0, 0, 0xAA)
+
+
+def share_of(pc: Pc, colour: tuple[int, int, int]) -> float:
+    """The part of the screen that has this colour."""
+    picture = pc.picture().convert("RGB")
+    counts = {colour: count for count, colour in picture.getcolors(1 << 20) or []}
+    return counts.get(colour, 0) / (picture.width * picture.height)
+
+
 # ── a CD of our own with GRUB ──
 
 GRUB_CONFIG = """\
