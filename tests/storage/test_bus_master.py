@@ -180,6 +180,18 @@ def test_a_table_without_end_wraps_in_its_64_kib() -> None:
     assert driver.memory.data[0x200000:0x200002] == port.data[512 * SECTOR - 2 : 512 * SECTOR]
 
 
+def test_an_entry_that_lies_across_the_wrap() -> None:
+    driver, port = disk()
+    driver.memory.write(0x1FFFC, (0x200000).to_bytes(4, "little"))
+    driver.memory.write(0x10000, (0x8000_0200).to_bytes(4, "little"))
+    driver.ide.write(0x24, 4, 0x1FFFC)
+    driver.command(0xC8, lba=7, count=1)
+    driver.start(to_memory=True)
+    driver.wait()
+    assert driver.acknowledge() == DRDY | DSC
+    assert driver.memory.data[0x200000:0x200200] == port.data[7 * SECTOR : 8 * SECTOR]
+
+
 def test_registers() -> None:
     driver, _ = disk()
     driver.ide.write(0x24, 4, 0x1234_5677)

@@ -656,8 +656,12 @@ class Channel:
         """(address, bytes, whether it is the last) of the entry at ``prd_next``."""
         if not self._table:
             # As much as is likely to be wanted, at once. The table lies within 64 KiB: the address wraps there.
-            size = min(TABLE_PART, 0x1_0000 - (self.prd_next & 0xFFFF))
-            self._table = self._memory.connection.dma.read(self.prd_next, size)
+            read = self._memory.connection.dma.read
+            before_wrap = 0x1_0000 - (self.prd_next & 0xFFFF)
+            if before_wrap >= 8:
+                self._table = read(self.prd_next, min(TABLE_PART, before_wrap & ~7))
+            else:
+                self._table = read(self.prd_next, 4) + read(self.prd_next & ~0xFFFF, 4)
             self._table_at = 0
         address, count = _ENTRY.unpack_from(self._table, self._table_at)
         return address & ~1, count & 0xFFFE or 0x1_0000, count >> 31
