@@ -9,31 +9,38 @@ from nonroot.errors import BadOptionError, UnsupportedError
 def test_auto_never_takes_a_kvm_that_is_not_hardware(tmp_path: Path) -> None:
     device = tmp_path / "kvm"
     device.touch()
-    choice = select.choose(flags=frozenset({"sse2"}), kvm_device=device)
-    assert choice.engine == "interpret"
+    choice = select.choose(flags=frozenset({"sse2"}), kvm_device=device, unavailable="")
+    assert choice.engine == "translate"
     assert "neither vmx nor svm" in choice.reason
     assert "not hardware" in choice.reason
 
 
-def test_reasons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unavailable", ["", "the host's CPU has no BMI1"])
+def test_reasons(tmp_path: Path, unavailable: str) -> None:
     absent = tmp_path / "kvm"
-    for flags, words in [({"vmx"}, "VT-x"), ({"svm"}, "AMD-V"), ({"sse2"}, "portable interpreter")]:
-        choice = select.choose(flags=frozenset(flags), kvm_device=absent)
-        assert choice.engine == "interpret"
+    for flags, words in [({"vmx"}, "VT-x"), ({"svm"}, "AMD-V"), ({"sse2"}, "neither")]:
+        choice = select.choose(flags=frozenset(flags), kvm_device=absent, unavailable=unavailable)
+        assert choice.engine == ("interpret" if unavailable else "translate")
         assert words in choice.reason
+        assert unavailable in choice.reason
         assert "\n" not in choice.reason
     assert "asked for" in select.choose("interpret").reason
 
 
+def test_the_translator_says_why_it_is_not_here() -> None:
+    missing = select.translator_missing()
+    assert select.choose(flags=frozenset()).engine == ("interpret" if missing else "translate")
+
+
 def test_names() -> None:
-    for name in ("kvm", "translate"):
-        with pytest.raises(UnsupportedError, match="does not exist yet"):
-            select.choose(name)
+    with pytest.raises(UnsupportedError, match="does not exist yet"):
+        select.choose("kvm")
     with pytest.raises(BadOptionError, match="did you mean interpret"):
         select.choose("interpreter")
-    with pytest.raises(BadOptionError, match="there are auto, interpret"):
+    with pytest.raises(BadOptionError, match="there are auto, translate, interpret"):
         select.choose("qqq")
-    assert select.create("interpret").name == "interpret"
+    for name in select.ENGINES:
+        assert select.create(name).name == name
     with pytest.raises(BadOptionError):
         select.create("nothing")
 

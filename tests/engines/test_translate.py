@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 
 from nonroot import _engine
-from nonroot.engines.native import LockstepEngine, TranslateEngine
+from nonroot.engines.exits import Halt
+from nonroot.engines.native import SWITCHES, LockstepEngine, TranslateEngine
 from nonroot.engines.protocol import Engine, EngineOptions
+from nonroot.errors import BadOptionError
 from nonroot.testing.engine_contract import EngineContract
 
 UNAVAILABLE = _engine.translate_unavailable()
 pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=f"{UNAVAILABLE}")
 
 INTERPRETER = {name for name, _ in _engine.optimisations()}
-SWITCHES = [name for name, _ in _engine.optimisations(True) if name not in INTERPRETER]
+TRANSLATOR = [name for name, _ in _engine.optimisations(True) if name not in INTERPRETER]
 
 
 class EagerEngine(TranslateEngine):
@@ -38,13 +40,23 @@ class TestTranslate(EngineContract):
         assert statistics["native_instructions"] > 2900
         assert statistics["translated_blocks"] >= 2
 
+    def test_the_environment_switches_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(SWITCHES, "-chain, -flag-recipes")
+        machine = self.machine("mov ecx, 9\nagain: dec ecx\njnz again\nhlt")
+        assert isinstance(machine.run(), Halt)
+        assert machine.vcpu.statistics()["chained_jumps"] == 0
+        for wrong in ("chain", "-nothing"):
+            monkeypatch.setenv(SWITCHES, wrong)
+            with pytest.raises(BadOptionError):
+                self.machine()
+
 
 class TestLockstep(EngineContract):
     def make_engine(self) -> Engine:
         return LockstepEngine()
 
 
-@pytest.mark.parametrize("off", [*([name] for name in SWITCHES), SWITCHES, ["tlb"]], ids="+".join, scope="class")
+@pytest.mark.parametrize("off", [*([name] for name in TRANSLATOR), TRANSLATOR, ["tlb"]], ids="+".join, scope="class")
 class TestOptimisationsOff(EngineContract):
     @pytest.fixture(autouse=True)
     def _switch_off(self, off: list[str]) -> None:

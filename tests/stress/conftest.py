@@ -24,7 +24,7 @@ def need(flavour: str) -> None:
         pytest.skip(guest.note or f"there is no {flavour} kernel")
 
 
-@pytest.fixture(scope="session", params=sorted(ENGINES))
+@pytest.fixture(scope="session", params=sorted(set(ENGINES) - {"lockstep"}))
 def engine(request: pytest.FixtureRequest) -> str:
     """An engine's name."""
     return str(request.param)

@@ -115,7 +115,7 @@ def _engine() -> dict[str, Any]:
     except ImportError as error:
         return {**facts, "extension": None, "problem": f"the extension module cannot be loaded: {error}"}
     facts["extension"] = _engine.VERSION
-    facts["optimisations"] = dict(_engine.optimisations())
+    facts["optimisations"] = dict(_engine.optimisations(True))
     pieces: dict[str, Callable[[], bytes]] = {
         "agent for 64-bit guests": partial(_engine.agent, 64),
         "agent for 32-bit guests": partial(_engine.agent, 32),

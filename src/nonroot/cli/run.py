@@ -66,6 +66,7 @@ class RunOptions:
     tty: bool
     domain: dict[str, Any] = field(default_factory=dict)
     vnc: str | None = None
+    stats: bool = False
 
 
 def parse_env(values: tuple[str, ...]) -> dict[str, str]:
@@ -134,6 +135,7 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--virtual-time", is_flag=True, help="Time follows the instructions: runs repeat exactly.")
 @click.option("--seed", type=int, metavar="N", default=0, help="Seed of the randomness in virtual time.")
 @click.option("--off", metavar="NAME", multiple=True, help="Switch an optimisation of the engine off (see doctor).")
+@click.option("--stats", is_flag=True, help="Print the engine's counters at the end, on stderr.")
 @click.option("--no-fetch", is_flag=True, help="Do not fetch guest software.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything, CMD's output included.")
 @click.option("-v", "--verbose", count=True, help="Show the guest's console and what is done, on stderr.")
@@ -165,6 +167,7 @@ def run(
     virtual_time: bool,
     seed: int,
     off: tuple[str, ...],
+    stats: bool,
     no_fetch: bool,
     as_json: bool,
     verbose: int,
@@ -234,6 +237,7 @@ def run(
             "agent": firmware is None and (bool(command) or kernel is None),
         },
         vnc,
+        stats,
     )
     return Session(options, reporter).run()
 
@@ -476,7 +480,7 @@ class Session:
     def _describe(self, domain: Domain, began: float, status: int) -> None:
         """What --json and -v tell beside the outcome."""
         self.result |= {"status": status, "seconds": round(time.monotonic() - began, 3)}
-        if not self.options.as_json and not self.reporter.verbose:
+        if not self.options.as_json and not self.reporter.verbose and not self.options.stats:
             return
         statistics: Statistics | None = None
         with contextlib.suppress(NonrootError, TimeoutError):
@@ -486,14 +490,18 @@ class Session:
                 "instructions": statistics.instructions,
                 "machine_seconds": round(statistics.machine_seconds, 6),
                 "exits": statistics.exits,
+                "engine_counters": statistics.engine,
             }
         if self.options.command:
             for kind, name in ((Kind.STDOUT, "stdout"), (Kind.STDERR, "stderr")):
                 self.result |= _text(name, bytes(self._output[kind]))
         elif self.options.as_json:
             self.result |= _text("console", bytes(self._console))
-        if statistics is not None and self.reporter.verbose:
+        if statistics is not None and (self.reporter.verbose or self.options.stats):
             self.reporter.line(summary(domain, statistics))
+        if statistics is not None and self.options.stats:
+            for name, count in statistics.engine.items():
+                self.reporter.line(f"{name.replace('_', ' '):<28}{count:>16,}")
 
 
 def summary(domain: Domain, statistics: Statistics) -> str:

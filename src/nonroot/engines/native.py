@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -14,6 +15,10 @@ from nonroot.engines.state import StateError, VcpuState
 from nonroot.errors import BadOptionError
 
 __all__ = ["InterpretEngine", "LockstepEngine", "NativeVcpu", "TranslateEngine"]
+
+
+SWITCHES: Final = "NONROOT_TRANSLATE"
+"""Environment variable: ``-chain,-page-groups`` switches these optimisations off, as ``--off`` does."""
 
 
 class NativeVcpu:
@@ -80,6 +85,10 @@ class InterpretEngine:
     def optimisations(self) -> Mapping[str, str]:
         return dict(_engine.optimisations(self._translates))
 
+    def _switched_off(self) -> frozenset[str]:
+        """Optimisations that the environment switches off."""
+        return frozenset()
+
     def create_vcpu(
         self, memory: _engine.Memory, policy: CpuPolicy, apic_id: int = 0, options: EngineOptions | None = None
     ) -> NativeVcpu:
@@ -95,7 +104,7 @@ class InterpretEngine:
             "apic_bus_hz": CRYSTAL_HZ,
             "virtual_time": options.virtual_time,
             "random_seed": options.random_seed,
-            "off": sorted(options.off),
+            "off": sorted(options.off | self._switched_off()),
             "translate": self._translates,
             **self._more,
             "msr_exits": options.msr_exits,
@@ -119,6 +128,12 @@ class TranslateEngine(InterpretEngine):
 
     name = "translate"
     _translates = True
+
+    def _switched_off(self) -> frozenset[str]:
+        names = os.environ.get(SWITCHES, "").replace(",", " ").split()
+        if wrong := [name for name in names if not name.startswith("-")]:
+            raise BadOptionError(f"{SWITCHES} names optimisations to switch off, each after a minus, not {wrong[0]}")
+        return frozenset(name[1:] for name in names)
 
 
 class LockstepEngine(TranslateEngine):

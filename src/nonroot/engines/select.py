@@ -41,7 +41,11 @@ def _lockstep() -> Engine:
     return LockstepEngine()
 
 
-ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {"translate": _translate, "interpret": _interpret, "lockstep": _lockstep}
+ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {
+    "translate": _translate,
+    "interpret": _interpret,
+    "lockstep": _lockstep,
+}
 """The engines that exist, by name."""
 
 
@@ -66,12 +70,19 @@ def host_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     return frozenset()
 
 
-def choose(name: str = AUTO, *, flags: frozenset[str] | None = None, kvm_device: Path = Path("/dev/kvm")) -> Choice:
+def choose(
+    name: str = AUTO,
+    *,
+    flags: frozenset[str] | None = None,
+    kvm_device: Path = Path("/dev/kvm"),
+    unavailable: str | None = None,
+) -> Choice:
     """
     Resolve an engine name.
 
     :param name: ``auto`` or a name in :data:`ENGINES`.
     :param flags: the host's CPU flags; those of this machine by default.
+    :param unavailable: why translated code cannot run here, empty if it can; found out by default.
     :raises BadOptionError: for a name that is no engine's.
     :raises UnsupportedError: for a planned engine that does not exist yet.
     """
@@ -87,17 +98,28 @@ def choose(name: str = AUTO, *, flags: frozenset[str] | None = None, kvm_device:
     hardware = {"vmx": "VT-x", "svm": "AMD-V"}
     has = next((text for flag, text in hardware.items() if flag in flags), None)
     if has is not None:
-        reason = f"this CPU has {has}, but nonroot has no kvm engine yet, so the portable interpreter runs the guest"
+        why = f"this CPU has {has}, but nonroot has no kvm engine yet"
     elif kvm_device.exists():
-        reason = (
-            "/dev/kvm is here, but this CPU shows neither vmx nor svm, so that KVM is not hardware virtualization; "
-            "the portable interpreter runs the guest"
-        )
-    elif platform.machine() in ("x86_64", "AMD64", "i686"):
-        reason = "this CPU shows neither vmx nor svm, so the portable interpreter runs the guest"
+        why = "/dev/kvm is here, but this CPU shows neither vmx nor svm, so that KVM is not hardware virtualization"
     else:
-        reason = f"this is a {platform.machine()} machine, so the portable interpreter runs the guest"
-    return Choice("interpret", reason)
+        why = "this CPU shows neither vmx nor svm"
+    missing = translator_missing() if unavailable is None else unavailable
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return Choice(
+            "interpret", f"this is a {platform.machine()} machine, so the portable interpreter runs the guest"
+        )
+    if missing:
+        return Choice("interpret", f"{why}, and {missing}, so the portable interpreter runs the guest")
+    return Choice("translate", f"{why}, so translated code runs the guest")
+
+
+def translator_missing() -> str:
+    """Why this machine cannot run translated code; empty if it can."""
+    try:
+        from nonroot import _engine
+    except ImportError as error:
+        return f"the extension module cannot be loaded ({error})"
+    return _engine.translate_unavailable() or ""
 
 
 def create(name: str) -> Engine:
