@@ -109,7 +109,7 @@ class Vcpu:
         """Drop all cached translations and decoded code."""
 
 def optimisations(translate: bool = False) -> list[tuple[str, str]]:
-    """(name, one-line description) of every optimisation that can be switched off; with `translate` the translator's too."""
+    """(name, one-line description) of every optimisation, the translator's too if `translate`."""
 
 def translate_unavailable() -> str | None:
     """Why this machine cannot run translated code, one phrase; None if it can."""

@@ -160,6 +160,19 @@ pub struct Switches {
     pub groups: bool,
 }
 
+/// Where a block is, and goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Offset in its page of the block.
+    pub start: u16,
+    /// Offset in the arena of its code.
+    pub origin: usize,
+    /// Number of its first link.
+    pub first_link: u32,
+    /// The number by which exits name it.
+    pub block: u32,
+}
+
 /// The translation of one block.
 pub struct Emitter<'a> {
     a: Assembler,
@@ -207,17 +220,15 @@ pub fn plan(
 }
 
 impl<'a> Emitter<'a> {
-    /// A translation of `guests`, which are at `start` in their page, to `origin` in the arena.
+    /// A translation of `guests` to a place.
     pub fn new(
         guests: &'a [Guest],
-        start: u16,
         mode: Mode,
-        origin: usize,
+        place: Place,
         routines: Routines,
         switches: Switches,
-        first_link: u32,
-        block: u32,
     ) -> Self {
+        let Place { start, origin, first_link, block } = place;
         Emitter {
             a: Assembler::new(origin),
             routines,

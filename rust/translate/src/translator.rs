@@ -263,8 +263,9 @@ impl Translator {
             recipes: self.switches.flag_recipes,
             groups: self.switches.page_groups && groups,
         };
-        let (link, block) = (self.links.len() as u32, self.blocks.len() as u32);
-        Emitter::new(guests, start, mode, origin, self.routines, switches, link, block)
+        let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
+        let place = emit::Place { start, origin, first_link, block };
+        Emitter::new(guests, mode, place, self.routines, switches)
     }
 
     fn jump_from(&mut self, hole: usize, target: usize) {

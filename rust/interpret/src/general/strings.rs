@@ -136,7 +136,18 @@ impl Cpu {
         if count == 0 {
             return None;
         }
-        let host = if write { self.host_rw(lin, 1) } else { self.host_r(lin, 1).map(<*const u8>::cast_mut) }?;
+        let at_hand = |cpu: &mut Cpu| {
+            if write {
+                cpu.host_rw(lin, 1)
+            } else {
+                cpu.host_r(lin, 1).map(<*const u8>::cast_mut)
+            }
+        };
+        // Source and destination may want the same slot: what the first found stays good.
+        let host = match at_hand(self) {
+            None if self.enter_page(lin, form.size, write) => at_hand(self)?,
+            found => found?,
+        };
         Some((host, count))
     }
 
