@@ -2,7 +2,7 @@
 
 from typing import Any, Self, final
 
-__all__ = ["VERSION", "Memory", "Vcpu", "agent", "coverage", "optimisations", "tiny_guest"]
+__all__ = ["VERSION", "Memory", "Vcpu", "agent", "coverage", "optimisations", "tiny_guest", "translate_unavailable"]
 
 VERSION: str
 
