@@ -49,7 +49,9 @@ class Vcpu:
         ``options``: ``tsc_khz`` (int, default 1_000_000), ``apic_bus_hz`` (int, 25_000_000),
         ``virtual_time`` (None or (numerator, denominator) ns per retired instruction), ``off`` (names of optimisations
         to switch off, see :func:`optimisations`), ``msr_exits`` (bool), ``exception_exits`` (bitmap of vectors),
-        ``cr_exits`` (bool), ``random_seed`` (int, 0: where RDRAND starts under virtual time).
+        ``cr_exits`` (bool), ``random_seed`` (int, 0: where RDRAND starts under virtual time), ``translate`` (bool: hot
+        blocks are translated), ``translate_after`` (int: at the how manieth time), ``lockstep`` (bool: every translated
+        block is compared with the interpreter, and a difference is a ``Failure``).
         """
     def run(self, deadline_ns: int | None = None, limit: int | None = None) -> tuple[Any, ...]:
         """

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 /// Which engine runs the vCPU, with its options.
 #[derive(Clone, Debug, Default)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub struct Options {
     /// The interpreter's configuration; the translator falls back to it.
     pub config: Config,
