@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nonroot.engines.select import choose
 from nonroot.guests import cached
 from tests.cli.conftest import Run
 from tests.cli.test_native_run import Terminal
@@ -34,7 +35,7 @@ def test_json(nonroot: Run) -> None:
     result = nonroot("run", "--json", "--memory", "128M", "--", "uname", "-s", timeout=200)
     record = json.loads(result.stdout)
     assert record["stdout"] == "Linux\n"
-    assert (record["status"], record["outcome"], record["engine"]) == (0, "exited", "interpret")
+    assert (record["status"], record["outcome"], record["engine"]) == (0, "exited", choose().engine)
     assert record["instructions"] > 100_000_000
     assert record["protocol"] == "pvh"
 
@@ -85,7 +86,7 @@ def test_demo(nonroot: Run) -> None:
     assert b"Linux version" in result.stdout
     assert re.search(rb"\nLinux nonroot \S+ .* x86_64 GNU/Linux\n", result.stdout)
     last = result.stdout.decode().splitlines()[-1]
-    assert re.match(r"engine interpret \(.*\); [\d,]+ guest instructions; [\d.]+ s; exits: PortIo \d+", last)
+    assert re.match(rf"engine {choose().engine} \(.*\); [\d,]+ guest instructions; [\d.]+ s; exits: PortIo \d+", last)
 
 
 def _domain_of(client: int) -> int:
