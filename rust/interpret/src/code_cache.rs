@@ -314,8 +314,12 @@ impl Cpu {
             if t.large {
                 self.tlb.note_large(lin);
             }
-            self.tlb.exec[i] =
-                crate::tlb::ExecEntry { tag, context: self.tlb.context as u64, gpa: t.gpa & !0xfff };
+            self.tlb.exec[i] = crate::tlb::ExecEntry {
+                tag,
+                context: self.tlb.context as u64,
+                gpa: t.gpa & !0xfff,
+                global: t.global,
+            };
         }
         Ok(t.gpa)
     }

@@ -4,7 +4,7 @@
 use crate::cpu::Cpu;
 use crate::state::*;
 use crate::tlb::{context, ENTRIES};
-use crate::walk::{Access, Kind};
+use crate::walk::{Access, Kind, Translation};
 use nonroot_memory::{P2M_CODE, P2M_DIRTY, P2M_FLAGS, P2M_PRESENT, P2M_WRITABLE};
 
 const PAGE_MASK: u64 = !0xfff;
@@ -252,7 +252,7 @@ impl Cpu {
                         n => std::ptr::copy_nonoverlapping(host, out.as_mut_ptr(), n),
                     }
                 }
-                self.enter(lin, t.gpa, t.large, access, false);
+                self.enter(lin, &t, access, false);
                 Ok(())
             }
             Target::Mmio(gpa) => self.mmio_load(gpa, out),
@@ -276,7 +276,7 @@ impl Cpu {
                         n => std::ptr::copy_nonoverlapping(data.as_ptr(), host, n),
                     }
                 }
-                self.enter(lin, t.gpa, t.large, access, true);
+                self.enter(lin, &t, access, true);
                 Ok(())
             }
             Target::Mmio(gpa) => self.mmio_store(gpa, data),
@@ -315,7 +315,7 @@ impl Cpu {
     }
 
     /// Enters a page into the TLB if nothing about it needs the slow path.
-    fn enter(&mut self, lin: u64, gpa: u64, large: bool, access: Access, write: bool) {
+    fn enter(&mut self, lin: u64, t: &Translation, access: Access, write: bool) {
         if access.system
             || !self.config.optimise.tlb
             || self.tlb.context == context::CHECKED
@@ -326,12 +326,12 @@ impl Cpu {
         if self.watches_page(lin) {
             return;
         }
-        if large {
+        if t.large {
             self.tlb.note_large(lin);
         }
         let page = lin & PAGE_MASK;
-        let entry = self.mem.entry(gpa >> 12);
-        self.tlb.enter(page, entry & !P2M_FLAGS, write && entry & P2M_CODE == 0);
+        let entry = self.mem.entry(t.gpa >> 12);
+        self.tlb.enter(page, entry & !P2M_FLAGS, write && entry & P2M_CODE == 0, t.global);
     }
 
     /// Enters the page of `size` bytes at a linear address into the TLB for the present context, if they
@@ -352,7 +352,7 @@ impl Cpu {
         if write {
             self.before_ram_write(t.gpa, size, entry);
         }
-        self.enter(lin, t.gpa, t.large, access, write);
+        self.enter(lin, &t, access, write);
         if write {
             self.host_rw(lin, size).is_some()
         } else {
@@ -511,7 +511,7 @@ impl Cpu {
             if let Target::Ram(host, entry) = self.target(t.gpa, true) {
                 self.data_breakpoint(lin, size, true);
                 self.before_ram_write(t.gpa, size, entry);
-                self.enter(lin, t.gpa, t.large, access, true);
+                self.enter(lin, &t, access, true);
                 // SAFETY: as above.
                 return Ok(unsafe { host_rmw(host, size, lock, f) });
             }

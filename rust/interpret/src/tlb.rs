@@ -42,6 +42,8 @@ pub struct Entry {
     pub write: u64,
     /// Host address of the page.
     pub host: u64,
+    /// Not 0 if the page is global: it stays when CR3 changes.
+    global: u64,
 }
 
 /// Where generated code for a linear address is.
@@ -72,6 +74,8 @@ pub struct Set {
     log: [u16; LOG],
     jumps_filled: usize,
     jump_log: [u16; LOG],
+    /// A bit for each slot of `jumps` that is in a global page.
+    jump_global: [u64; JUMPS / 64],
 }
 
 /// Where in [`Set::jumps`] a linear address belongs; generated code computes the same.
@@ -87,7 +91,7 @@ impl Set {
     /// What an empty slot holds: zero belongs into slot 0, so slot 0 holds another.
     fn nothing(slot: usize) -> Entry {
         let tag = if slot == 0 { 0x1000 } else { 0 };
-        Entry { read: tag, write: tag, host: 0 }
+        Entry { read: tag, write: tag, host: 0, global: 0 }
     }
 
     fn no_jump(slot: usize) -> Jump {
@@ -96,14 +100,15 @@ impl Set {
 
     /// Enters a readable page.
     #[inline]
-    fn enter(&mut self, page: u64, host: u64, write: bool) {
+    fn enter(&mut self, page: u64, host: u64, write: bool, global: bool) {
         let slot = (page >> 12) as usize & (ENTRIES - 1);
         if self.filled < LOG {
             self.log[self.filled] = slot as u16;
         }
         self.filled += 1;
         let never = Self::nothing(slot).write;
-        self.entries[slot] = Entry { read: page, write: if write { page } else { never }, host };
+        let write = if write { page } else { never };
+        self.entries[slot] = Entry { read: page, write, host, global: u64::from(global) };
     }
 
     fn clear(&mut self) {
@@ -138,6 +143,45 @@ impl Set {
             self.jumps[0] = Self::no_jump(0);
         }
         self.jumps_filled = 0;
+        self.jump_global.fill(0);
+    }
+
+    /// Forgets what is not in global pages.
+    fn keep_global(&mut self) {
+        for (slot, entry) in self.entries.iter_mut().enumerate() {
+            if entry.global == 0 {
+                *entry = Self::nothing(slot);
+            }
+        }
+        for (word, &bits) in self.jump_global.iter().enumerate() {
+            for bit in 0..64 {
+                if bits >> bit & 1 == 0 {
+                    let slot = 64 * word + bit;
+                    self.jumps[slot] = Self::no_jump(slot);
+                }
+            }
+        }
+        (self.filled, self.jumps_filled) = (LOG + 1, LOG + 1);
+    }
+
+    /// Takes what is in global pages from another set; this one is empty.
+    fn inherit(&mut self, from: &Set) {
+        for (to, from) in self.entries.iter_mut().zip(&from.entries) {
+            if from.global != 0 {
+                *to = *from;
+            }
+        }
+        for (word, &all) in from.jump_global.iter().enumerate() {
+            let mut bits = all;
+            while bits != 0 {
+                let slot = 64 * word + bits.trailing_zeros() as usize;
+                self.jumps[slot] = from.jumps[slot];
+                bits &= bits - 1;
+            }
+        }
+        self.jump_global = from.jump_global;
+        self.jump_mode = from.jump_mode;
+        (self.filled, self.jumps_filled) = (LOG + 1, LOG + 1);
     }
 
     /// Forgets a page if it is here.
@@ -158,6 +202,8 @@ pub struct ExecEntry {
     pub context: u64,
     /// Guest-physical page.
     pub gpa: u64,
+    /// The page is global.
+    pub global: bool,
 }
 
 /// Entries for instruction fetch.
@@ -292,7 +338,8 @@ impl Tlb {
     }
 
     /// Makes the space of an asid current: its own, a free one, or the one that was not used for longest.
-    fn take_space(&mut self, asid: u64) {
+    /// A new one gets the supervisor's entries of global pages from the space `from`.
+    fn take_space(&mut self, asid: u64, from: Option<usize>) {
         let known = self.owner.iter().position(|&owner| owner == asid);
         self.space = known.unwrap_or_else(|| {
             let space = self
@@ -300,9 +347,7 @@ impl Tlb {
                 .iter()
                 .position(|&owner| owner == 0)
                 .unwrap_or_else(|| (0..SPACES).min_by_key(|&space| self.used[space]).unwrap_or(0));
-            for set in &mut self.spaces[space] {
-                set.clear();
-            }
+            self.renew(space, from);
             self.owner[space] = asid;
             space
         });
@@ -312,17 +357,43 @@ impl Tlb {
         self.select(self.context);
     }
 
-    /// Makes `pcid` current, keeping its entries if `keep`.
+    /// Empties a space, but for what it has from `from`.
+    fn renew(&mut self, space: usize, from: Option<usize>) {
+        if from == Some(space) {
+            for (context, set) in self.spaces[space].iter_mut().enumerate() {
+                match context {
+                    context::SUPERVISOR | context::SUPERVISOR_AC if set.filled + set.jumps_filled > 0 => {
+                        set.keep_global();
+                    }
+                    _ => set.clear(),
+                }
+            }
+            return;
+        }
+        for set in &mut self.spaces[space] {
+            set.clear();
+        }
+        let Some(from) = from else { return };
+        let (low, high) = self.spaces.split_at_mut(space.max(from));
+        let (to, from) = if from < space { (&mut high[0], &low[from]) } else { (&mut low[space], &high[0]) };
+        for context in [context::SUPERVISOR, context::SUPERVISOR_AC] {
+            if from[context].filled + from[context].jumps_filled > 0 {
+                to[context].inherit(&from[context]);
+            }
+        }
+    }
+
+    /// Makes `pcid` current, keeping its entries if `keep`; global pages stay in any case.
     pub fn switch(&mut self, pcid: u64, keep: bool) {
         let known = u64::from(self.pcid_asid[pcid as usize & 0xfff]);
         if keep && known != 0 {
-            self.take_space(known);
+            self.take_space(known, Some(self.space));
             return;
         }
         self.release(known);
         let fresh = self.fresh_asid();
         self.pcid_asid[pcid as usize & 0xfff] = fresh as u16;
-        self.take_space(fresh);
+        self.take_space(fresh, Some(self.space));
     }
 
     /// The space of an asid that will not come back is free.
@@ -346,14 +417,16 @@ impl Tlb {
     pub fn forget_all(&mut self, pcid: u64) {
         self.owner.fill(0);
         self.pcid_asid.fill(0);
-        self.switch(pcid, false);
+        let fresh = self.fresh_asid();
+        self.pcid_asid[pcid as usize & 0xfff] = fresh as u16;
+        self.take_space(fresh, None);
     }
 
     /// Enters a page that is readable in the current context, and writable if `write`.
     #[inline]
-    pub fn enter(&mut self, page: u64, host: u64, write: bool) {
+    pub fn enter(&mut self, page: u64, host: u64, write: bool, global: bool) {
         // SAFETY: `current` points at a live Set of this object.
-        unsafe { (*self.current).enter(page, host, write) };
+        unsafe { (*self.current).enter(page, host, write, global) };
     }
 
     /// Notes that code of this page may be found by [`Set::jumps`].
@@ -363,9 +436,12 @@ impl Tlb {
     }
 
     /// Enters the generated code of an instruction in the current context. Only code
-    /// of one mode is ever there.
-    pub fn enter_jump(&mut self, lin: u64, code: u64, mode: u64) {
+    /// of one mode is ever there. `crosses`: the instruction goes on in the next page.
+    pub fn enter_jump(&mut self, lin: u64, code: u64, mode: u64, crosses: bool) {
         self.note_jump_page(lin);
+        let e = &self.exec[(lin >> 12) as usize & (EXEC_ENTRIES - 1)];
+        let global =
+            !crosses && e.global && e.tag == lin & !0xfff | self.asid && e.context == self.context as u64;
         // SAFETY: as in enter().
         let set = unsafe { &mut *self.current };
         set.for_mode(mode);
@@ -378,6 +454,12 @@ impl Tlb {
         }
         set.jumps_filled += 1;
         set.jumps[slot] = Jump { lin, code };
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        if global {
+            set.jump_global[word] |= bit;
+        } else {
+            set.jump_global[word] &= !bit;
+        }
     }
 
     /// Forgets all generated code.

@@ -33,6 +33,8 @@ pub struct Translation {
     pub gpa: u64,
     /// It lies in a page larger than 4 KiB.
     pub large: bool,
+    /// Its page is global: a change of CR3 does not invalidate it.
+    pub global: bool,
 }
 
 /// Page-fault error code bits.
@@ -51,6 +53,7 @@ const US: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
 const NX: u64 = 1 << 63;
 /// Physical-address bits of a 64-bit entry.
 const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
@@ -79,6 +82,7 @@ struct Leaf {
     user: bool,
     nx: bool,
     large: bool,
+    global: bool,
 }
 
 impl Leaf {
@@ -91,6 +95,7 @@ impl Leaf {
             user: rights & US != 0,
             nx: nx != 0,
             large: shift > 12,
+            global: entry & G != 0,
         }
     }
 }
@@ -104,7 +109,7 @@ impl Cpu {
     /// Translates a linear address, raising #PF as the access demands; sets A and D.
     pub fn translate(&mut self, lin: u64, access: Access) -> X<Translation> {
         if self.r.cr0 & cr0::PG == 0 {
-            return Ok(Translation { gpa: lin & 0xffff_ffff, large: false });
+            return Ok(Translation { gpa: lin & 0xffff_ffff, large: false, global: false });
         }
         self.stats.walks += 1;
         let mut trail = Trail { gpa: [0; 4], entry: [0; 4], len: 0 };
@@ -142,7 +147,8 @@ impl Cpu {
             return Err(self.page_fault(lin, code | pf::P));
         }
         self.set_accessed(&trail, access.kind == Kind::Write);
-        Ok(Translation { gpa: leaf.gpa, large: leaf.large })
+        let global = leaf.global && self.r.cr4 & cr4::PGE != 0;
+        Ok(Translation { gpa: leaf.gpa, large: leaf.large, global })
     }
 
     /// Translates as supervisor without side effects or faults.
@@ -249,6 +255,7 @@ impl Cpu {
                 user: pde & US != 0,
                 nx: false,
                 large: true,
+                global: pde & G != 0,
             });
         }
         trail.push(at, pde);
@@ -265,6 +272,7 @@ impl Cpu {
             user: rights & US != 0,
             nx: false,
             large: false,
+            global: pte & G != 0,
         })
     }
 

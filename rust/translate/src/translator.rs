@@ -401,7 +401,7 @@ impl Accelerator for Translator {
         }
         let code = self.arena.address(b.native[1] as usize);
         let lin = cpu.r.rip;
-        cpu.tlb.enter_jump(lin, code, cpu.cache.mode_key);
+        cpu.tlb.enter_jump(lin, code, cpu.cache.mode_key, b.second_page != NO_PAGE);
         if b.second_page != NO_PAGE {
             cpu.tlb.note_jump_page(lin.wrapping_add(0x1000));
         }
