@@ -219,7 +219,7 @@ def publish(report: dict[str, Any]) -> None:
     pairs = len(report["runs"]) // 2
     where = f"{machine['date'][:10]}, {machine['cpu']}, {machine['cores']} cores"
     text = (
-        f"Medians of {pairs} pairs, in turns, by `make bench` ({where}); a ratio below 1 would be faster than QEMU: "
+        f"Medians of {pairs} pairs, in turns, by `make bench` ({where}); a ratio below 1 is faster than QEMU: "
         f"Debian's {report['guest']['kernel']} through PVH, {report['guest']['memory_mib']} MB, "
         f"{results['nonroot']['instructions'] / 1e6:.0f} million guest instructions, {mips:.0f} million a second; "
         f"QEMU {report['qemu']['version'].split()[0]}. [All runs](docs/measurements/boot.json)."
