@@ -138,6 +138,7 @@ def test_invaders_is_played(make: Maker, grub_cd: Path) -> None:
     def ship() -> int:
         return next((row.index("/ \\") for row in reversed(pc.rows()) if "/ \\" in row), -1)
 
+    pc.run_until(lambda: ship() >= 0, 30, "there is no ship")
     start = ship()
     pc.press("<left><left>")
     pc.run_until(lambda: 0 <= ship() < start, 30, "the ship did not move to the left")
