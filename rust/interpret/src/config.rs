@@ -43,15 +43,17 @@ pub struct Config {
     pub optimise: Optimisations,
 }
 
+/// Declares a structure of named optimisations, all on by default.
+#[macro_export]
 macro_rules! optimisations {
-    ($($(#[doc = $doc:literal])+ $field:ident = $name:literal;)*) => {
-        /// Named optimisations, all on by default.
+    ($(#[doc = $about:literal])+ pub struct $group:ident { $($(#[doc = $doc:literal])+ $field:ident = $name:literal;)* }) => {
+        $(#[doc = $about])+
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub struct Optimisations { $($(#[doc = $doc])+ pub $field: bool,)* }
-        impl Default for Optimisations {
-            fn default() -> Self { Optimisations { $($field: true,)* } }
+        pub struct $group { $($(#[doc = $doc])+ pub $field: bool,)* }
+        impl Default for $group {
+            fn default() -> Self { $group { $($field: true,)* } }
         }
-        impl Optimisations {
+        impl $group {
             /// (name, description) of each.
             pub const ALL: &'static [(&'static str, &'static str)] = &[$(($name, concat!($($doc),+)),)*];
             /// Switches one off; false if there is none of that name.
@@ -63,20 +65,23 @@ macro_rules! optimisations {
 }
 
 optimisations! {
-    /// Specialised code for frequent instructions instead of the general executor.
-    fast_ops = "fast-ops";
-    /// Translations are remembered (off: every access walks the page tables).
-    tlb = "tlb";
-    /// Decoded blocks are remembered (off: every instruction is decoded again).
-    block_cache = "block-cache";
-    /// Blocks are found by instruction pointer without a lookup by physical address.
-    jump_cache = "jump-cache";
-    /// REP MOVS, STOS and the like work on whole pages instead of single elements.
-    bulk_strings = "bulk-strings";
-    /// Compare-and-branch pairs run as one operation.
-    fused_branches = "fused-branches";
-    /// Translations of other address spaces survive a switch (PCID).
-    pcid = "pcid";
+    /// Named optimisations, all on by default.
+    pub struct Optimisations {
+        /// Specialised code for frequent instructions instead of the general executor.
+        fast_ops = "fast-ops";
+        /// Translations are remembered (off: every access walks the page tables).
+        tlb = "tlb";
+        /// Decoded blocks are remembered (off: every instruction is decoded again).
+        block_cache = "block-cache";
+        /// Blocks are found by instruction pointer without a lookup by physical address.
+        jump_cache = "jump-cache";
+        /// REP MOVS, STOS and the like work on whole pages instead of single elements.
+        bulk_strings = "bulk-strings";
+        /// Compare-and-branch pairs run as one operation.
+        fused_branches = "fused-branches";
+        /// Translations of other address spaces survive a switch (PCID).
+        pcid = "pcid";
+    }
 }
 
 impl Default for Config {

@@ -1244,20 +1244,26 @@ impl<'a> Emitter<'a> {
     /// Goes on at the instruction pointer in RAX; flags are saved.
     fn jump_to_rax(&mut self) {
         let failed = self.routines.lookup_failed;
+        for hole in self.jump_lookup() {
+            self.a.fill_outside(hole, failed);
+        }
+    }
+
+    /// Looks up the instruction pointer in RAX and goes there; gives the ways out if that fails.
+    fn jump_lookup(&mut self) -> Vec<Hole> {
         if !self.switches.lookup {
-            self.a.jmp_to(failed);
-            return;
+            return vec![self.a.jmp()];
         }
         self.a.mem_imm(7, field!(budget), 0);
-        self.a.jcc_to(12, failed);
+        let used_up = self.a.jcc(12);
         self.hash();
         let slot = offset_of!(tlb::Set, jumps) as i32;
         self.a.gs_mem(true, &[0x3b], RAX, at(R15, slot + offset_of!(tlb::Jump, lin) as i32));
-        self.a.jcc_to(5, failed);
+        let unknown = self.a.jcc(5);
         self.a.bytes(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]); // and rax, -4096
         self.a.store(true, field!(code_page), RAX);
-        self.a.gs_mem(false, &[0xff], 4, at(R15, slot + offset_of!(tlb::Jump, code) as i32));
-        // jmp
+        self.a.gs_mem(false, &[0xff], 4, at(R15, slot + offset_of!(tlb::Jump, code) as i32)); // jmp
+        vec![used_up, unknown]
     }
 
     /// R15: offset of the slot of the instruction pointer in RAX.
@@ -1398,20 +1404,7 @@ impl<'a> Emitter<'a> {
             }
         }
         // As jump_to_rax(), but a target that is not canonical faults at this instruction.
-        let mut holes = Vec::new();
-        if self.switches.lookup {
-            self.a.mem_imm(7, field!(budget), 0);
-            holes.push(self.a.jcc(12));
-            self.hash();
-            let slot = offset_of!(tlb::Set, jumps) as i32;
-            self.a.gs_mem(true, &[0x3b], RAX, at(R15, slot + offset_of!(tlb::Jump, lin) as i32));
-            holes.push(self.a.jcc(5));
-            self.a.bytes(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]);
-            self.a.store(true, field!(code_page), RAX);
-            self.a.gs_mem(false, &[0xff], 4, at(R15, slot + offset_of!(tlb::Jump, code) as i32));
-        } else {
-            holes.push(self.a.jmp());
-        }
+        let holes = self.jump_lookup();
         self.cold.push(Cold::Indirect { from: holes, undo, exit });
         Ok(())
     }
@@ -1540,28 +1533,9 @@ impl<'a> Emitter<'a> {
     }
 }
 
-/// The low nibble of Jcc's opcode.
+/// The low nibble of Jcc's opcode: iced numbers the conditions in this order, after None.
 fn condition_number(condition: iced_x86::ConditionCode) -> Option<u8> {
-    use iced_x86::ConditionCode as C;
-    Some(match condition {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        C::g => 15,
-        C::None => return None,
-    })
+    (condition as u8).checked_sub(1)
 }
 
 /// A host register of `size` bytes as iced names it.

@@ -126,28 +126,9 @@ macro_rules! conditions {
     };
 }
 
-/// The condition in the encoding's low nibble (iced numbers them otherwise).
+/// The condition in the encoding's low nibble: iced numbers them in this order, after None.
 fn condition(i: &Instruction) -> Option<u8> {
-    use iced_x86::ConditionCode as C;
-    Some(match i.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        C::g => 15,
-        C::None => return None,
-    })
+    (i.condition_code() as u8).checked_sub(1)
 }
 
 fn direct_target(i: &Instruction, width: usize, op: &mut Op) -> Option<()> {
