@@ -130,6 +130,14 @@ class Pc:
         self._strokes.extend(strokes(parse_keys(text)))
         self.run_until(lambda: not self._strokes, 30, "the keys were not taken")
 
+    def hold(self, key: str, until: Callable[[], bool], problem: str) -> None:
+        """Hold a key down until ``until``: for a program that asks which keys are down, as games do."""
+        down, up = strokes(parse_keys(key))
+        self._strokes.append(down)
+        self.run_until(until, 30, problem)
+        self._strokes.append(up)
+        self.run_until(lambda: not self._strokes, 30, "the key was not released")
+
     def send(self, text: str) -> None:
         """Type on the serial line."""
         self.machine.console_input(text.encode())

@@ -140,10 +140,8 @@ def test_invaders_is_played(make: Maker, grub_cd: Path) -> None:
 
     pc.run_until(lambda: ship() >= 0, 30, "there is no ship")
     start = ship()
-    pc.press("<left><left>")
-    pc.run_until(lambda: 0 <= ship() < start, 30, "the ship did not move to the left")
-    pc.press(" ")
-    pc.run_until(lambda: any(row.strip() == "|" or " | " in row for row in pc.rows()), 30, "it did not shoot")
+    pc.hold("<left>", lambda: 0 <= ship() < start, "the ship did not move to the left")
+    pc.hold(" ", lambda: any(row.strip() == "|" or " | " in row for row in pc.rows()), "it did not shoot")
 
 
 @pytest.mark.slow
