@@ -119,7 +119,10 @@ pub struct Frame {
 
 macro_rules! field {
     ($field:ident) => {
-        at(host::RSP, std::mem::offset_of!(crate::frame::Frame, $field) as i32)
+        crate::assembler::at(
+            crate::assembler::host::RSP,
+            std::mem::offset_of!(crate::frame::Frame, $field) as i32,
+        )
     };
 }
 pub(crate) use field;

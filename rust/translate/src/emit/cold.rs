@@ -1,0 +1,155 @@
+//! Code that runs rarely, after the rest of the block: refills, exits, jumps not chained yet.
+
+use super::flags::Flags;
+use super::{Emitter, Link, R15, RAX};
+use crate::assembler::{at, Hole};
+use crate::frame::{exit, field};
+use nonroot_interpret::tlb;
+use std::mem::offset_of;
+
+/// Code that runs rarely, after the rest.
+pub(super) enum Cold {
+    /// The entry is not there: make it and look again, or leave.
+    Refill { from: Hole, again: usize, bytes: u16, write: bool, exit: SideExit },
+    /// Leave.
+    Exit { from: Vec<Hole>, exit: SideExit },
+    /// A jump inside the page that is not chained yet.
+    Link { from: Hole, target: u16, live: bool },
+    /// A jump backwards inside the page whose budget may be used up.
+    Budget { from: Hole, target: u16 },
+    /// A branch backwards inside the page.
+    Backward { from: Hole, target: u16, flags: Flags },
+    /// A branch to another page.
+    Across { from: Hole, target: i32, flags: Flags },
+    /// Vector registers are not the guest's yet.
+    Vectors { from: Hole, again: usize, needed: u8, exit: SideExit },
+    /// An indirect target that may not be canonical.
+    Indirect { from: Vec<Hole>, undo: i32, exit: SideExit },
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct SideExit {
+    pub(super) kind: u32,
+    pub(super) offset: u16,
+    /// Goes with [`exit::WIDE`].
+    pub(super) block: u32,
+    /// Instructions of the block that are complete.
+    pub(super) done: i32,
+    pub(super) counted: bool,
+    pub(super) flags: Flags,
+}
+
+impl Emitter<'_> {
+    pub(super) fn side_exit(&self, kind: u32) -> SideExit {
+        let offset = match self.guests.get(self.at) {
+            Some(g) => g.i.ip() as u16,
+            None => self.guests[self.at - 1].i.next_ip() as u16,
+        };
+        SideExit {
+            kind,
+            offset,
+            block: self.block,
+            done: self.at as i32,
+            counted: self.counted,
+            flags: self.flags,
+        }
+    }
+
+    pub(super) fn leave_with(&mut self, exit: SideExit) {
+        let adjust = exit.done - if exit.counted { self.count } else { 0 };
+        if let Flags::Recipe(r) = exit.flags {
+            self.cook(r);
+        }
+        self.a.store_imm(field!(kind), exit.kind as i32);
+        self.a.store_imm(field!(offset), i32::from(exit.offset));
+        self.a.store_imm(field!(adjust), adjust);
+        if exit.kind == exit::WIDE {
+            self.a.store_imm(field!(link), exit.block as i32);
+        }
+        let leave = if exit.flags == Flags::Saved { self.routines.leave } else { self.routines.leave_live };
+        self.a.jmp_to(leave);
+    }
+
+    pub(super) fn boundary(&mut self, kind: u32, target: u16, live: bool) {
+        self.a.store_imm(field!(kind), kind as i32);
+        self.a.store_imm(field!(offset), i32::from(target));
+        self.a.store_imm(field!(adjust), 0);
+        self.a.jmp_to(if live { self.routines.leave_live } else { self.routines.leave });
+    }
+
+    pub(super) fn cold(&mut self, cold: Cold) {
+        let here = self.a.here();
+        match cold {
+            Cold::Refill { from, again, bytes, write, exit } => {
+                self.a.fill(from, here);
+                let tag = if write { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) };
+                self.a.gs_mem(true, &[0x33], RAX, at(R15, tag as i32));
+                self.a.bytes(&[0x41, 0xbf]); // mov r15d, imm32
+                self.a.bytes(&(u32::from(bytes) | u32::from(write) << 31).to_le_bytes());
+                self.a.call_to(self.routines.refill);
+                self.a.reg(false, &[0x85], RAX, RAX);
+                let hole = self.a.jcc(4);
+                self.a.fill(hole, again);
+                self.leave_with(exit);
+            }
+            Cold::Exit { from, exit } => {
+                for hole in from {
+                    self.a.fill(hole, here);
+                }
+                self.leave_with(exit);
+            }
+            Cold::Link { from, target, live } => {
+                self.a.fill(from, here);
+                let number = self.first_link + self.links.len() as u32;
+                let at = |offset: usize| (self.a.origin + offset) as u32;
+                self.links.push(Link { site: at(from.0), target, live, stub: at(here) });
+                self.a.store_imm(field!(link), number as i32);
+                self.boundary(exit::CHAIN, target, live);
+            }
+            Cold::Budget { from, target } => {
+                self.a.fill(from, here);
+                self.boundary(exit::NEXT, target, false);
+            }
+            Cold::Backward { from, target, flags } => {
+                self.a.fill(from, here);
+                self.flags = flags;
+                self.backward_edge(i32::from(target));
+            }
+            Cold::Across { from, target, flags } => {
+                self.a.fill(from, here);
+                self.flags = flags;
+                self.across(target);
+            }
+            Cold::Vectors { from, again, needed, exit } => {
+                self.a.fill(from, here);
+                self.a.mem(false, &[0xf6], 0, field!(vectors_allowed));
+                self.a.bytes(&[if needed == 3 { 2 } else { 1 }]);
+                let hole = self.a.jcc(4);
+                self.a.call_to(self.routines.load_vectors);
+                let back = self.a.jmp();
+                self.a.fill(back, again);
+                let here = self.a.here();
+                self.a.fill(hole, here);
+                self.leave_with(exit);
+            }
+            Cold::Indirect { from, undo, exit } => {
+                for hole in from {
+                    self.a.fill(hole, here);
+                }
+                if self.long() {
+                    self.a.mov(R15, RAX);
+                    self.a.bytes(&[0x49, 0xc1, 0xe7, 16]); // shl r15, 16
+                    self.a.bytes(&[0x49, 0xc1, 0xff, 16]); // sar r15, 16
+                    self.a.reg(true, &[0x39], R15, RAX);
+                    self.a.jcc_to(4, self.routines.lookup_failed);
+                    if undo != 0 {
+                        self.move_stack(undo);
+                    }
+                    self.leave_with(exit);
+                } else {
+                    self.a.jmp_to(self.routines.lookup_failed);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! From guest instructions to host code: registers, flags, memory operands.
+//!
+//! The code of a block has two entries. At the live one the guest's status
+//! flags are in the host's; at the saved one they are in [`Frame::flags`]. A TLB
+//! lookup spoils the host's flags, so before one they are saved, unless they can
+//! be made again from registers that still have their values (a *recipe*: a
+//! comparison is simply repeated). Nothing is saved that the next instruction to
+//! touch flags overwrites, except where an exit could come in between.
+
+mod cold;
+mod flags;
+mod flow;
+mod instructions;
+mod memory;
+
+use crate::analysis::{self, Abilities, Guest};
+use crate::assembler::{host, Assembler};
+use crate::frame::{self, exit, Routines};
+use cold::Cold;
+use flags::{Event, Flags};
+use iced_x86::{Encoder, InstructionInfoFactory, Register};
+use memory::Group;
+use nonroot_interpret::state::Mode;
+
+const RAX: u8 = host::RAX;
+const R15: u8 = host::R15;
+
+/// A jump that may be chained: offset in the arena of its displacement.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Where.
+    pub site: u32,
+    /// Offset in the page of the instruction that it leads to.
+    pub target: u16,
+    /// It arrives with the flags in the host's.
+    pub live: bool,
+    /// Offset in the arena of the code that leaves instead.
+    pub stub: u32,
+}
+
+/// A translated block.
+pub struct Translated {
+    /// Its code, for the assembler's origin.
+    pub code: Vec<u8>,
+    /// Offsets of the entries with live and with saved flags.
+    pub entry: [usize; 2],
+    /// Offsets of the code that leaves at the block's start, for each entry.
+    pub refuse: [usize; 2],
+    /// Jumps that may be chained, numbered from the first number given.
+    pub links: Vec<Link>,
+}
+
+/// What is switched on.
+#[derive(Clone, Copy, Debug)]
+pub struct Switches {
+    /// Jumps to other pages and indirect ones look their target up inline.
+    pub lookup: bool,
+    /// Flags are made again instead of saved.
+    pub recipes: bool,
+    /// One lookup serves accesses that are near each other.
+    pub groups: bool,
+}
+
+/// Where a block is, and goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Offset in its page of the block.
+    pub start: u16,
+    /// Offset in the arena of its code.
+    pub origin: usize,
+    /// Number of its first link.
+    pub first_link: u32,
+    /// The number by which exits name it.
+    pub block: u32,
+}
+
+/// The translation of one block.
+pub struct Emitter<'a> {
+    a: Assembler,
+    routines: Routines,
+    switches: Switches,
+    mode: Mode,
+    guests: &'a [Guest],
+    encoder: Encoder,
+    cold: Vec<Cold>,
+    links: Vec<Link>,
+    first_link: u32,
+    flags: Flags,
+    group: Option<Group>,
+    /// RSP minus its value at the block's start (while that is known), and how often it was lost.
+    delta: i64,
+    counted: bool,
+    count: i32,
+    /// Offset in the page of the block.
+    start: u16,
+    /// The number by which exits name it.
+    block: u32,
+    at: usize,
+    entry: [Option<usize>; 2],
+}
+
+type Emitted<T = ()> = Result<T, String>;
+
+/// Decodes and plans a block of `bytes` at `start` in its page. `None`: not all of it is translated.
+pub fn plan(
+    bytes: &[u8],
+    start: u16,
+    count: u16,
+    mode: Mode,
+    abilities: Abilities,
+    info: &mut InstructionInfoFactory,
+) -> Option<Vec<Guest>> {
+    let bitness = if mode == Mode::Long64 { 64 } else { 32 };
+    let mut decoder =
+        iced_x86::Decoder::with_ip(bitness, bytes, u64::from(start), iced_x86::DecoderOptions::NONE);
+    let mut guests = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        guests.push(analysis::guest(&decoder.decode(), mode, abilities, info)?);
+    }
+    Some(guests)
+}
+
+impl<'a> Emitter<'a> {
+    /// A translation of `guests` to a place.
+    pub fn new(
+        guests: &'a [Guest],
+        mode: Mode,
+        place: Place,
+        routines: Routines,
+        switches: Switches,
+    ) -> Self {
+        let Place { start, origin, first_link, block } = place;
+        Emitter {
+            a: Assembler::new(origin),
+            routines,
+            switches,
+            mode,
+            guests,
+            encoder: Encoder::new(64),
+            cold: Vec::new(),
+            links: Vec::new(),
+            first_link,
+            flags: Flags::Live(None),
+            group: None,
+            delta: 0,
+            counted: false,
+            count: guests.len() as i32,
+            start,
+            block,
+            at: 0,
+            entry: [None; 2],
+        }
+    }
+
+    /// Code for a link whose target must be looked up, though it is in the page: it crosses into the next,
+    /// which may change.
+    pub fn crossing(mut self, target: u16, live: bool) -> Vec<u8> {
+        self.flags = if live { Flags::Live(None) } else { Flags::Saved };
+        self.across(i32::from(target));
+        self.a.code
+    }
+
+    /// Translates.
+    pub fn run(mut self) -> Emitted<Translated> {
+        self.entry[0] = Some(self.a.here());
+        let vectors = self.guests.iter().map(|g| g.vectors).max().unwrap_or(0);
+        // Whether the vector registers are the guest's is looked at first, which takes the flags.
+        let event = if vectors == 0 { self.first_event() } else { Event::Spoil };
+        match event {
+            Event::Spoil => {
+                frame::save_flags(&mut self.a);
+                self.flags = Flags::Saved;
+                self.entry[1] = Some(self.a.here());
+                self.count_now();
+            }
+            Event::Overwrite => self.entry[1] = self.entry[0],
+            // Its saved entry restores them first; see finish().
+            Event::Need => {}
+        }
+        if vectors != 0 {
+            self.check_vectors(if vectors == 2 { 3 } else { 1 });
+        }
+        let guests = self.guests;
+        let mut ended = false;
+        for (n, g) in guests.iter().enumerate() {
+            self.at = n;
+            ended = self.instruction(g)?;
+        }
+        if !ended {
+            let last = &guests[guests.len() - 1].i;
+            self.at = guests.len();
+            self.edge(last.next_ip() as i32)?;
+        }
+        self.finish()
+    }
+
+    fn long(&self) -> bool {
+        self.mode == Mode::Long64
+    }
+
+    fn width(&self) -> i32 {
+        if self.long() {
+            8
+        } else {
+            4
+        }
+    }
+
+    // ---- flags and counting ----------------------------------------------------------
+
+    fn finish(mut self) -> Emitted<Translated> {
+        while !self.cold.is_empty() {
+            for cold in std::mem::take(&mut self.cold) {
+                self.cold(cold);
+            }
+        }
+        let live = self.entry[0].unwrap_or(0);
+        let saved = self.entry[1].unwrap_or_else(|| {
+            // Restores the flags, then enters where they are live.
+            let here = self.a.here();
+            frame::restore_flags(&mut self.a);
+            let hole = self.a.jmp();
+            self.a.fill(hole, live);
+            here
+        });
+        let mut refuse = [0; 2];
+        for (n, live) in [true, false].into_iter().enumerate() {
+            refuse[n] = self.a.here();
+            self.boundary(exit::NEXT, self.start, live);
+        }
+        Ok(Translated { code: self.a.code, entry: [live, saved], refuse, links: self.links })
+    }
+}
+
+/// A host register of `size` bytes as iced names it.
+fn register(reg: u8, size: usize) -> Register {
+    let n = u32::from(reg);
+    match size {
+        8 => Register::RAX + n,
+        4 => Register::EAX + n,
+        2 => Register::AX + n,
+        _ if reg < 4 => Register::AL + n,
+        _ if reg < 8 => Register::SPL + (n - 4),
+        _ => Register::R8L + (n - 8),
+    }
+}
