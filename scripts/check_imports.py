@@ -29,6 +29,12 @@ PURE = (
     "nonroot.engines.exits",
     "nonroot.engines.policy",
     "nonroot.engines.state",
+    "nonroot.xenstore.session",
+    "nonroot.xenstore.store",
+    "nonroot.xenstore.tree",
+    "nonroot.xenstore.view",
+    "nonroot.xenstore.watches",
+    "nonroot.xenstore.wire",
 )
 # The machine wires pure parts to threads and the clock, and makes its memory; nothing else in hvm may.
 NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.ram")
@@ -39,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.engines",),
     ("nonroot.hvm", "nonroot.devices", "nonroot.boot"),
     ("nonroot.guests", "nonroot.backends"),
-    ("nonroot.domain",),
+    ("nonroot.domain", "nonroot.xenstore"),
     ("nonroot.display",),
     ("nonroot.api", "nonroot.running"),
     ("nonroot.testing", "nonroot.cli"),

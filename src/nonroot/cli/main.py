@@ -24,6 +24,7 @@ COMMANDS = {
     "power-button": ("nonroot.cli.power", "power_button", "Press a domain's power button."),
     "reset": ("nonroot.cli.power", "reset", "Press a domain's reset button."),
     "doctor": ("nonroot.cli.tools", "doctor", "Show what this machine has, and what nonroot makes of it."),
+    "xenstore-path": ("nonroot.cli.xenstore", "xenstore_path", "Print the path of XenStore's socket."),
     "completion": ("nonroot.cli.tools", "completion", "Print the shell's completion script."),
 }
 """Verb: (module, name in it, one line of help)."""
