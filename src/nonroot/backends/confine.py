@@ -1,0 +1,147 @@
+"""Takes away from a helper process of ours what it does not need: new programs, files, signals to others, privileges.
+
+Three layers, each of which works without privileges: limits, Landlock (no file can be opened but a few for reading),
+and a seccomp filter (only named system calls; the rest fail with EPERM). A layer that the kernel or a container's own
+filter refuses is left out and named in the report, because the helper is of use without it.
+
+Sources: landlock(7), seccomp(2), Linux's uapi headers.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+from collections.abc import Iterable
+from typing import Final
+
+__all__ = ["FLOCK", "NETWORK", "PLAIN", "confine"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+LANDLOCK_CREATE_RULESET: Final = 444
+LANDLOCK_ADD_RULE: Final = 445
+LANDLOCK_RESTRICT_SELF: Final = 446
+LANDLOCK_RULE_PATH_BENEATH: Final = 1
+LANDLOCK_VERSION_1_RIGHTS: Final = (1 << 13) - 1
+LANDLOCK_READ_FILE: Final = 1 << 2
+
+SECCOMP: Final = 317
+SECCOMP_SET_MODE_FILTER: Final = 1
+RET_ALLOW: Final = 0x7FFF0000
+RET_EPERM: Final = 0x00050000 | 1
+AUDIT_ARCH_X86_64: Final = 0xC000003E
+
+# System calls by their numbers on x86-64; what is not here fails.
+_CALLS: Final = {
+    "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
+    "mprotect": 10,
+    "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16, "pread64": 17,
+    "pwrite64": 18, "readv": 19, "writev": 20, "select": 23, "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32,
+    "nanosleep": 35, "getpid": 39, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
+    "getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "exit": 60, "uname": 63, "fcntl": 72,
+    "fsync": 74, "fdatasync": 75, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "gettid": 186,
+    "futex": 202, "epoll_create": 213, "clock_gettime": 228, "clock_nanosleep": 230, "exit_group": 231,
+    "epoll_wait": 232,
+    "epoll_ctl": 233, "set_robust_list": 273, "ppoll": 271, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
+    "getrandom": 318, "preadv": 295, "pwritev": 296, "rseq": 334, "restart_syscall": 219, "sigaltstack": 131,
+    "gettimeofday": 96, "time": 201, "tgkill": 234, "fallocate": 285, "accept4": 288, "accept": 43, "openat": 257,
+    "newfstatat": 262, "open": 2, "access": 21, "statx": 332, "sendmmsg": 307, "recvmmsg": 299, "getdents64": 217,
+}  # fmt: skip
+_SOCKETS: Final = {"socket": 41, "connect": 42, "bind": 49, "listen": 50}
+
+PLAIN: Final = frozenset(_CALLS.values())
+"""What a helper needs that works with the descriptors it has."""
+NETWORK: Final = PLAIN | frozenset(_SOCKETS.values())
+"""The same, and new sockets."""
+
+FLOCK: Final = 73
+
+_SOCK_FPROG: Final = struct.Struct("HxxxxxxP")
+
+
+def confine(
+    calls: frozenset[int],
+    readable: Iterable[str] = (),
+    *,
+    memory: int = 1 << 30,
+    files: int = 1024,
+    writes_files: bool = False,
+) -> list[str]:
+    """
+    Confine this process and all its threads to come, for good. To be called before other threads start.
+
+    ``calls``: :data:`PLAIN` or :data:`NETWORK`; ``readable``: files that may be opened for reading later; ``memory``:
+    bytes of address space beyond today's; ``files``: descriptors; ``writes_files``: whether it may write to regular
+    files that it has open. Returns the layers that could not be had, each as half a sentence.
+    """
+    missing = []
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not writes_files:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    most = min(files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with open("/proc/self/statm") as statm:  # noqa: PTH123
+        used = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = used + memory if hard == resource.RLIM_INFINITY else min(used + memory, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        return ["privileges cannot be given up"]
+    if reason := _landlock(readable):
+        missing.append(f"files stay reachable: {reason}")
+    if reason := _seccomp(calls):
+        missing.append(f"system calls are not filtered: {reason}")
+    return missing
+
+
+def _landlock(readable: Iterable[str]) -> str | None:
+    rights = ctypes.c_uint64(LANDLOCK_VERSION_1_RIGHTS)
+    ruleset = _libc.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(rights), ctypes.c_size_t(8), 0)
+    if ruleset < 0:
+        return f"Landlock: {os.strerror(ctypes.get_errno())}"
+    try:
+        for path in readable:
+            try:
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            rule = struct.pack("=Qi", LANDLOCK_READ_FILE, fd)
+            _libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, ctypes.c_char_p(rule), 0)
+            os.close(fd)
+        if _libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
+            return f"Landlock: {os.strerror(ctypes.get_errno())}"
+    finally:
+        os.close(ruleset)
+    return None
+
+
+def _seccomp(calls: frozenset[int]) -> str | None:
+    if platform.machine() != "x86_64":
+        return "the list is x86-64's"
+
+    def instruction(code: int, constant: int, true: int = 0, false: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, true, false, constant)
+
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    program = [
+        instruction(load, 4),
+        instruction(equal, AUDIT_ARCH_X86_64, 1, 0),
+        instruction(give, RET_EPERM),
+        instruction(load, 0),
+        instruction(at_least, 0x40000000, 0, 1),  # x32's numbers
+        instruction(give, RET_EPERM),
+    ]
+    for number in sorted(calls):
+        program += [instruction(equal, number, 0, 1), instruction(give, RET_ALLOW)]
+    program.append(instruction(give, RET_EPERM))
+    code = b"".join(program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    head = ctypes.create_string_buffer(_SOCK_FPROG.pack(len(program), ctypes.addressof(buffer)))
+    if _libc.syscall(SECCOMP, SECCOMP_SET_MODE_FILTER, 0, head):
+        return f"seccomp: {os.strerror(ctypes.get_errno())}"
+    return None
