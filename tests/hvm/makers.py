@@ -120,7 +120,7 @@ KINDS: dict[type, Kind] = {
         FW_CFG_LENGTH,
         (1, 2, 4),
     ),
-    Piix4Pm: Kind(lambda o: Piix4Pm(), 1),
+    Piix4Pm: Kind(lambda o: Piix4Pm(events=o.event), 2),
     I6300Esb: Kind(lambda o: I6300Esb(o.clock, o.call, events=o.event), I6300ESB_LENGTH, (1, 2, 4)),
     PiixIde: Kind(lambda o: make_ide(o.clock, o.irq, o.event), 0x30, (1, 2, 4)),
     Dma8237: Kind(lambda o: Dma8237(FakeMemory(), o.event), 0x40),

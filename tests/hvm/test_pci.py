@@ -103,3 +103,41 @@ def test_state_with_changed_identity_is_refused(pci: PciHost) -> None:
     record.i440fx = struct.pack("<I", 0xDEAD_BEEF) + record.i440fx[4:]
     with pytest.raises(ValueError, match="i440fx"):
         pci.from_state(record)
+
+
+SMRAM = 0x72
+
+
+def test_system_management_ram_opens_closes_and_locks() -> None:
+    told: list[bool] = []
+    pci = PciHost(smram=told.append)
+
+    def write(value: int) -> tuple[int, bool]:
+        put(pci, 0, SMRAM, 1, value)
+        return config(pci, 0, SMRAM, 1), told[-1]
+
+    assert config(pci, 0, SMRAM, 1) == 0x02
+    assert write(0x4A) == (0x4A, True)  # as SeaBIOS opens it
+    assert write(0x42) == (0x42, False)  # not enabled at all
+    assert write(0x4D) == (0x4A, True)  # the base cannot be chosen
+    assert write(0x0A) == (0x0A, False)
+    assert write(0x5A) == (0x1A, False)  # locking closes
+    assert write(0x4A) == (0x1A, False)
+    assert write(0x00) == (0x1A, False)
+    assert write(0x20) == (0x3A, False)  # D_CLS alone is not locked
+    locked = pci.state()
+    pci.reset()
+    assert told[-1] is False
+    assert write(0x4A) == (0x4A, True)
+    pci.from_state(locked)
+    assert told[-1] is False
+    assert write(0x4A) == (0x1A, False)
+
+
+def test_state_with_open_and_locked_smram_is_refused(pci: PciHost) -> None:
+    record = pci.state()
+    data = bytearray(record.i440fx)
+    data[SMRAM] = 0x5A
+    record.i440fx = bytes(data)
+    with pytest.raises(ValueError, match="SMRAM"):
+        pci.from_state(record)

@@ -32,6 +32,7 @@ def attach_vga(board: Board) -> Vga:
     vga = Vga(board.make_ram("vga", MEMORY_SIZE), board.clock, board.connect(slot, function), board.events)
     board.add_pci(slot, function, vga)
     board.has_vga = True
+    board.window_hiders.append(vga.hide_window)
     for port, length in PORTS:
         board.ports.add(port, length, vga, port - PORT_BASE, sizes=(1, 2) if length > 1 else (1,))
     board.ports.add(DISPI_INDEX, 3, vga, DISPI, sizes=(2,))

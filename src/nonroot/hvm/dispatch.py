@@ -16,12 +16,14 @@ from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pic import PicPair
 
-__all__ = ["HANDLERS", "ExitTarget", "handle_exit"]
+__all__ = ["HANDLERS", "VIRTUAL_TIME_HANDLERS", "ExitTarget", "handle_exit"]
 
 SHORTHAND_NONE: Final = 0
 SHORTHAND_SELF: Final = 1
 SHORTHAND_ALL: Final = 2
 
+PORT_ACCESS_NS: Final = 1000
+"""What an access to a port takes in virtual time: about a cycle of the ISA bus."""
 HYPERCALL_NOT_SUPPORTED: Final = (1 << 64) - 38
 """-ENOSYS."""
 RAX: Final = 0
@@ -72,6 +74,16 @@ def _port_io(exit_: exits.PortIo, machine: ExitTarget, vcpu: Vcpu) -> Outcome | 
     else:
         vcpu.complete(machine.ports.read_block(port, size, exit_.count))
     return machine.outcome
+
+
+def _virtual_port_io(exit_: exits.PortIo, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:
+    """
+    In virtual time an access takes as long as on a real machine's bus (a REP once, as a burst).
+
+    Otherwise programs that wait at a port would look at it again and again for each microsecond, each time an exit.
+    """
+    vcpu.set_now_ns(vcpu.now_ns() + PORT_ACCESS_NS)
+    return _port_io(exit_, machine, vcpu)
 
 
 def _mmio(exit_: exits.Mmio, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:
@@ -178,6 +190,8 @@ HANDLERS: Final[dict[type, Handler]] = {
     exits.Failure: _failure,
 }
 """Every type of exit; the run loop looks here itself."""
+VIRTUAL_TIME_HANDLERS: Final = HANDLERS | {exits.PortIo: _virtual_port_io}
+"""The same in virtual time."""
 
 
 def handle_exit(exit_: Exit, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:

@@ -16,7 +16,7 @@ from nonroot._engine import Memory
 from nonroot.boot.plan import BootPlan, plan_boot
 from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
 from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
-from nonroot.devices.piix4_pm import Piix4Pm
+from nonroot.devices.piix4_pm import APM, APM_LENGTH, Piix4Pm
 from nonroot.engines.policy import CpuPolicy
 from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
 from nonroot.errors import BadOptionError
@@ -34,12 +34,13 @@ from nonroot.hvm.debug_port import CONSOLE as DEBUG_CONSOLE
 from nonroot.hvm.debug_port import DebugPort
 from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Device, StateError, TimedDevice
-from nonroot.hvm.dispatch import HANDLERS
+from nonroot.hvm.dispatch import HANDLERS, VIRTUAL_TIME_HANDLERS
 from nonroot.hvm.dma import GuestDma
 from nonroot.hvm.firmware import Firmware, boot_files, boot_registers, firmware_items
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
 from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
+from nonroot.hvm.memory_record import MemoryRecord
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pc import POWER_SLOT, Attach, Board, TimedPart
 from nonroot.hvm.pci import PciHost
@@ -49,7 +50,7 @@ from nonroot.hvm.pit import PORT_B, Pit
 from nonroot.hvm.ram import BoardRam, DirtyLog, close_files, create_ram, create_rom
 from nonroot.hvm.reset import I8042, I8042_COMMAND, I8042_DATA, PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
-from nonroot.hvm.shadow import ShadowRam
+from nonroot.hvm.shadow import SMRAM_SIZE, ShadowRam, SystemManagementRam
 from nonroot.hvm.smbios import smbios_files
 from nonroot.hvm.streams import InputQueue, OutputBuffer
 from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
@@ -60,6 +61,7 @@ DOORBELL_UART: Final = 1
 DOORBELL_TIMEOUT_NS: Final = 1000
 """The doorbell's receiver does not wait for further characters: one byte is all that comes."""
 DOORBELL: Final = b"\x07"
+MEMORY_PREFIX: Final = "memory."
 EVENTS_KEPT: Final = 1024
 """Different (device, event) pairs that are counted."""
 
@@ -153,6 +155,7 @@ class Machine:
         self.vcpus: tuple[Vcpu, ...] = (self.vcpu,)
         self.clock = MachineClock(self.vcpu.now_ns)
         self.events: Counter[tuple[str, str]] = Counter()
+        self._handlers = HANDLERS if config.virtual_time is None else VIRTUAL_TIME_HANDLERS
         self.exit_counts: dict[type, int] = dict.fromkeys(HANDLERS, 0)
         self.outcome: Outcome | None = None
         self._posted: deque[Callable[[], object]] = deque()
@@ -184,9 +187,10 @@ class Machine:
         if config.firmware is not None:
             image = config.firmware.image
             self.shadow = ShadowRam(self.memory, create_rom(self.memory, image, self.memory_files), len(image))
-            self.pci = PciHost(event, self.shadow.apply, interrupts.route)
+            self.pci = PciHost(event, self.shadow.apply, interrupts.route, self._show_smram)
         else:
             self.pci = PciHost(event, route=interrupts.route)
+        self._smram: SystemManagementRam | None = None
         self.reset_control = ResetControl(self.request_reset, event)
         self._debug_buffer = OutputBuffer(clock, outputs.debug)
         self.debug_port = DebugPort(self._debug_buffer.put, event)
@@ -278,8 +282,15 @@ class Machine:
         self.ports.add(board.FIRMWARE_DEBUG, 1, self.debug_port, DEBUG_CONSOLE)
         parts.add(fw_cfg)
         slot, function = POWER_SLOT
-        parts.add_pci(slot, function, Piix4Pm(parts.connect(slot, function)))
+        power = Piix4Pm(parts.connect(slot, function), self._count_event)
+        parts.add_pci(slot, function, power)
+        self.ports.add(APM, APM_LENGTH, power)
+        self._smram = SystemManagementRam(parts.make_ram("smram", SMRAM_SIZE), parts.hide_window)
         self.pci.reset()
+
+    def _show_smram(self, is_open: bool) -> None:
+        if self._smram is not None:
+            self._smram.apply(is_open)
 
     def _add_uart(self, index: int, irq: Callable[[bool], None], outputs: Outputs, agent: bool) -> None:
         buffer = OutputBuffer(self.clock, lambda data: outputs.console(index, data))
@@ -373,7 +384,7 @@ class Machine:
 
         ``limit``: total of retired instructions at which to return STOPPED, exactly.
         """
-        vcpu, clock, counts, handlers = self.vcpu, self.clock, self.exit_counts, HANDLERS
+        vcpu, clock, counts, handlers = self.vcpu, self.clock, self.exit_counts, self._handlers
         run = vcpu.run
         self.outcome = None
         self._attend()
@@ -515,16 +526,28 @@ class Machine:
     # ── records ──
 
     def device_states(self) -> dict[str, bytes]:
-        """The record of every device, by name; between runs."""
-        return {device.name: device.state().pack() for device in self.devices}
+        """The record of every device, by name, and of its memory (``memory.vga``); between runs."""
+        records = {device.name: device.state().pack() for device in self.devices}
+        for name, ram in self.board.memories.items():
+            records[MEMORY_PREFIX + name] = MemoryRecord.of(name, ram.view).pack()
+        return records
 
     def restore_device_states(self, records: Mapping[str, bytes]) -> None:
         """Check all records, then apply them. StateError (nothing changed) for a hostile, missing or unknown one."""
-        if set(records) != {device.name for device in self.devices}:
+        memories = self.board.memories
+        if set(records) != {device.name for device in self.devices} | {MEMORY_PREFIX + name for name in memories}:
             raise StateError("the records are not those of this machine's devices")
         parsed = [(device, type(device.state()).unpack(records[device.name])) for device in self.devices]
+        contents = [
+            (ram.view, MemoryRecord.unpack(name, ram.size, records[MEMORY_PREFIX + name]))
+            for name, ram in memories.items()
+        ]
+        # Memory before the devices: their registers say what is made of it.
+        for view, record in contents:
+            record.apply(view)
         for device, state in parsed:
             device.from_state(state)
+        self.vcpu.flush()
 
     def statistics(self) -> dict[str, int]:
         """Exits by kind (``exit.PortIo`` …) and device events (``event.uart0.unknown-register`` …)."""

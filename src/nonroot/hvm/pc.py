@@ -80,8 +80,11 @@ class Board:
         self.mmio = mmio
         """Fixed memory-mapped ranges outside RAM, the VGA window for example; the same ``add``."""
         self.dma = dma
-        self.make_ram = make_ram
-        """(name, bytes) -> memory of a device, zeroed; whole pages."""
+        self.memories: dict[str, DeviceRam] = {}
+        """Memory of devices, by name: it has records of its own."""
+        self.window_hiders: list[Callable[[bool], object]] = []
+        """Called with True when RAM covers the VGA's window, with False when it no longer does."""
+        self._make_ram = make_ram
         self.post = post
         """Have a callable called in the vCPU's thread soon. Any thread; for backends that finish later."""
         self.request_reset = request_reset
@@ -107,6 +110,18 @@ class Board:
         self._pci = pci
         self._interrupts = interrupts
         self._windows = windows
+
+    def make_ram(self, name: str, size: int) -> DeviceRam:
+        """Memory of a device, ``size`` bytes (whole pages), zeroed. ValueError if the name is taken."""
+        if name in self.memories:
+            raise ValueError(f"there are two memories {name}")
+        ram = self.memories[name] = self._make_ram(name, size)
+        return ram
+
+    def hide_window(self, hidden: bool) -> None:
+        """RAM covers the VGA's window, or no more."""
+        for hide in self.window_hiders:
+            hide(hidden)
 
     def isa(self, irq: int) -> IrqLine:
         """A driver of ISA interrupt ``irq``. ValueError for 2 and numbers that do not exist."""

@@ -1,6 +1,7 @@
 """The PCI host bridge: configuration mechanism 1, an i440FX (00:00.0) and a PIIX3 ISA bridge (00:01.0).
 
-The i440FX says when the shadowing of 0xC0000..0xFFFFF changes (PAM registers), the PIIX3 when a PCI interrupt is routed
+The i440FX says when the shadowing of 0xC0000..0xFFFFF changes (PAM registers) and when the RAM behind the VGA's window
+is seen (SMRAM register), the PIIX3 when a PCI interrupt is routed
 to another ISA interrupt; what that means is the machine's.
 
 Source: PCI local bus specification 2.1, chapter 3.2.2.3; Intel 82441FX (290549) and 82371SB (290550) datasheets.
@@ -86,6 +87,13 @@ def _identity(device: int, class_code: int, header_type: int) -> dict[int, tuple
 
 PAM: Final = 0x59
 PAM_REGISTERS: Final = 7
+SMRAM: Final = 0x72
+SMRAM_ENABLED: Final = 1 << 3
+SMRAM_LOCKED: Final = 1 << 4
+SMRAM_CLOSED: Final = 1 << 5
+SMRAM_OPEN: Final = 1 << 6
+SMRAM_BASE: Final = 0b010
+"""C_BASE_SEG: 0xA0000, the only place that there is."""
 PIRQ_ROUTE: Final = 0x60
 PIRQS: Final = 4
 SUBSYSTEM: Final = (2, 0x1AF4), (2, 0x1100)
@@ -93,31 +101,48 @@ SUBSYSTEM: Final = (2, 0x1AF4), (2, 0x1100)
 
 
 class I440Fx(ConfigSpace):
-    """82441FX host bridge, 8086:1237. SMRAM and DRAM registers keep their values and have no effect."""
+    """82441FX host bridge, 8086:1237. DRAM registers keep their values and have no effect."""
 
-    def __init__(self, shadow: Callable[[bytes], object] = ignore) -> None:
-        """``shadow`` takes the seven PAM registers whenever one of them was written, or they were reset."""
+    def __init__(self, shadow: Callable[[bytes], object] = ignore, smram: Callable[[bool], object] = ignore) -> None:
+        """
+        ``shadow`` takes the seven PAM registers whenever one of them was written, or they were reset; ``smram``
+        whether system management RAM is open, likewise.
+        """
         header = _identity(0x1237, 0x06_00_00, 0)
-        header |= {COMMAND: (2, COMMAND_MEMORY | COMMAND_MASTER), 0x06: (2, 0x0280), 0x08: (1, 0x02), 0x72: (1, 0x02)}
-        header |= {0x2C: SUBSYSTEM[0], 0x2E: SUBSYSTEM[1]}
+        header |= {COMMAND: (2, COMMAND_MEMORY | COMMAND_MASTER), 0x06: (2, 0x0280), 0x08: (1, 0x02)}
+        header |= {0x2C: SUBSYSTEM[0], 0x2E: SUBSYSTEM[1], SMRAM: (1, SMRAM_BASE)}
         writable = [(0x0D, 1, 0xF8), (0x50, 2, 0xFFFF), (PAM, 7, 0x33_33_33_33_33_33_30), (0x60, 8, (1 << 64) - 1)]
-        super().__init__(header, [*writable, (0x72, 1, 0x78)])
+        smram_bits = SMRAM_ENABLED | SMRAM_LOCKED | SMRAM_CLOSED | SMRAM_OPEN
+        super().__init__(header, [*writable, (SMRAM, 1, smram_bits)])
         self._shadow = shadow
+        self._smram = smram
 
     def apply(self) -> None:
-        """Tell the machine how 0xC0000..0xFFFFF is shadowed."""
+        """Tell the machine how 0xC0000..0xFFFFF is shadowed, and whether system management RAM is seen."""
         self._shadow(bytes(self.data[PAM : PAM + PAM_REGISTERS]))
+        self._apply_smram()
+
+    def _apply_smram(self) -> None:
+        both = SMRAM_ENABLED | SMRAM_OPEN
+        self._smram(self.data[SMRAM] & both == both)
 
     def reset(self) -> None:
-        """Nothing is shadowed: the firmware's ROM is seen."""
+        """Nothing is shadowed: the firmware's ROM is seen; system management RAM is closed and not locked."""
         super().reset()
         self.apply()
 
     def config_write(self, register: int, size: int, value: int) -> None:
-        """A store; the shadowing follows."""
+        """A store; the shadowing follows. What D_LCK has locked stays until the reset."""
+        before = self.data[SMRAM]
         super().config_write(register, size, value)
         if register < PAM + PAM_REGISTERS and register + size > PAM:
-            self.apply()
+            self._shadow(bytes(self.data[PAM : PAM + PAM_REGISTERS]))
+        if register <= SMRAM < register + size:
+            if before & SMRAM_LOCKED:
+                self.data[SMRAM] = before & ~SMRAM_CLOSED | self.data[SMRAM] & SMRAM_CLOSED
+            elif self.data[SMRAM] & SMRAM_LOCKED:
+                self.data[SMRAM] &= ~SMRAM_OPEN
+            self._apply_smram()
 
 
 class Piix3(ConfigSpace):
@@ -174,6 +199,9 @@ class PciHostState(StateRecord):
         for name, kind, data in (("i440fx", I440Fx, self.i440fx), ("piix3", Piix3, self.piix3)):
             if not kind().acceptable(data):
                 raise StateError(f"pci-host state: {name} differs in read-only bits")
+        both = SMRAM_LOCKED | SMRAM_OPEN
+        if self.i440fx[SMRAM] & both == both:
+            raise StateError("pci-host state: i440fx has SMRAM open and locked")
 
 
 class PciHost:
@@ -186,11 +214,12 @@ class PciHost:
         events: Events = NO_EVENTS,
         shadow: Callable[[bytes], object] = ignore,
         route: Callable[[int, int], object] | None = None,
+        smram: Callable[[bool], object] = ignore,
     ) -> None:
-        """``shadow`` and ``route`` as :class:`I440Fx` and :class:`Piix3` say."""
+        """``shadow``, ``smram`` and ``route`` as :class:`I440Fx` and :class:`Piix3` say."""
         self._events = events
         self._address = 0
-        self._i440fx = I440Fx(shadow)
+        self._i440fx = I440Fx(shadow, smram)
         self._piix3 = Piix3(route)
         # key: bits 23:8 of the address register (bus, device, function)
         self._functions: dict[int, PciFunction] = {}
