@@ -10,6 +10,8 @@ import pytest
 
 from nonroot import _engine
 from nonroot.boot.errors import BootError
+from nonroot.engines import select
+from nonroot.engines.exits import PortIo
 from nonroot.engines.native import InterpretEngine
 from nonroot.errors import BadOptionError
 from nonroot.hvm.device import StateError
@@ -366,6 +368,26 @@ def test_idle_virtual_time_passes_at_once() -> None:
     assert time.monotonic() - began < 10
     assert machine.vcpu.now_ns() == pytest.approx(3 * PORT_ACCESS_NS + 32769 * SECOND / 1_193_182, abs=2000)
     assert machine.pic.read(0, 1) & 1
+
+
+# PIT counter 2 in mode 0, 4096 ticks; the guest looks at port B until it is done, as GRUB does.
+POLL_PORT_B = (
+    (out8(0x61, 0x01) + out8(0x43, 0xB0) + out8(0x42, 0x00) + out8(0x42, 0x10))
+    + bytes.fromhex("e461 a820 74fa")
+    + POWER_OFF
+)
+
+
+@pytest.mark.parametrize("engine", sorted(select.ENGINES))
+def test_waiting_at_a_port_takes_as_many_accesses_as_on_a_bus(engine: str) -> None:
+    config = MachineConfig(memory_bytes=16 * MIB, kernel=pvh(POLL_PORT_B), virtual_time=(1, 1))
+    machine = Machine(config, select.create(engine), Output().outputs())
+    assert run(machine).reason == Reason.POWER_OFF
+    duration = 4097 * SECOND / 1_193_182
+    assert machine.vcpu.now_ns() == pytest.approx(4 * PORT_ACCESS_NS + duration, abs=3000)
+    # An access and three instructions each time.
+    assert machine.exit_counts[PortIo] == pytest.approx(duration / (PORT_ACCESS_NS + 3) + 5, abs=2)
+    assert machine.vcpu.retired() == 3 * machine.exit_counts[PortIo]
 
 
 def test_idle_real_time_is_slept() -> None:
