@@ -24,6 +24,15 @@ class Memory:
         """Guest-physical bytes. ValueError naming the address if some of it is not RAM."""
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Write like DMA: decoded code is dropped, frames count as dirty; ROM too."""
+    def read_file(self, fd: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        """
+        Read from a file straight into guest-physical memory, as far as the host has the bytes at hand (page cache).
+
+        ``parts``: (address, bytes), filled one after the other. Returns how many bytes from the start arrived, 0 if
+        none were at hand, or if the parts are more than the host takes at once. Like :meth:`write`, decoded code is
+        dropped and frames count as dirty. ValueError if some of it is not writable RAM, OSError if the read fails or
+        the file's system cannot say what is at hand. Releases the GIL.
+        """
     def take_dirty(self) -> list[int]:
         """Frames written since the last call, ascending; clears the log."""
     def take_dirty_in(self, gfn: int, count: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Guest memory through the extension: the p2m, and clear refusals."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -132,6 +133,73 @@ def test_scrambled_frames_look_contiguous(order: list[int], at: int, data: bytes
     assert sum(memory.read(0, 16 * 4096)) == sum(data)
     touched = range(at >> 12, (at + len(data) - 1 >> 12) + 1) if data else range(0)
     assert memory.take_dirty() == list(touched)
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> Iterator[int]:
+    """A file of 16 pages, all different, in the page cache; on a disk, as a rule."""
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.write(descriptor, b"".join(number.to_bytes(2, "little") * 8 for number in range(4096)))
+    try:
+        os.preadv(descriptor, [bytearray(16)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        pytest.skip("this file system does not say what is at hand")
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_a_file_is_read_into_scrambled_frames(content: int) -> None:
+    memory = Memory()
+    number = backing(memory, 16)
+    for gfn in range(16):
+        memory.map(gfn, 1, number, (gfn * 5 % 16) * 4096)
+    data = os.pread(content, 1 << 16, 0)
+    memory.write(0, b"\xee" * 16 * 4096)
+    memory.take_dirty()
+    parts = [(0x1FF0, 0x2020), (0x8004, 6), (0xC000, 0x1000)]
+    assert memory.read_file(content, 512, parts) == 0x2020 + 6 + 0x1000
+    assert memory.take_dirty() == [1, 2, 3, 4, 8, 12]
+    expected = bytearray(b"\xee" * 16 * 4096)
+    at = 512
+    for address, length in parts:
+        expected[address : address + length] = data[at : at + length]
+        at += length
+    assert memory.read(0, 16 * 4096) == expected
+
+
+def test_a_file_read_up_to_its_end_and_not_at_all(content: int) -> None:
+    memory = Memory()
+    memory.map(0, 2, backing(memory), 0)
+    assert memory.read_file(content, 0x1_0000 - 100, [(0, 4096)]) == 100
+    assert memory.read_file(content, 0x1_0000, [(0, 4096)]) == 0
+    assert memory.read_file(content, 0, []) == memory.read_file(content, 0, [(0, 0)]) == 0
+    assert memory.read_file(content, 0, [(2 * (number % 2), 1) for number in range(2000)]) == 0, "too many pieces"
+    os.posix_fadvise(content, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert memory.read_file(content, 0, [(0, 64)]) in (0, 64), "nothing is waited for"
+
+
+def test_a_file_is_not_read_where_it_cannot_be(content: int) -> None:
+    memory = Memory()
+    number = backing(memory)
+    memory.map(0, 1, number, 0)
+    memory.map(1, 1, number, 4096, writable=False)
+    for parts, place in (
+        ([(0, 4097)], "0x1000"),
+        ([(0, 16), (0x1FFF, 1)], "0x1fff"),
+        ([(0, 1), (0x2000, 1)], "0x2000"),
+    ):
+        with pytest.raises(ValueError, match=f"{place} is not RAM"):
+            memory.read_file(content, 0, parts)
+    for parts in ([((1 << 64) - 1, 2)], [(0, (1 << 64) - 1)]):
+        with pytest.raises(ValueError, match="RAM|beyond"):
+            memory.read_file(content, 0, parts)
+    with pytest.raises(ValueError, match="beyond"):
+        memory.read_file(content, (1 << 64) - 1, [(0, 1)])
+    assert memory.read(0, 4096) == bytes(4096)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        memory.read_file(10**6, 0, [(0, 1)])
 
 
 @pytest.mark.parametrize("name", ["agent64", "agent32", "tiny_guest"])

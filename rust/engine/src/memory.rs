@@ -31,7 +31,7 @@ fn error(error: MemoryError) -> PyErr {
         MemoryError::NotRam(gpa) => {
             PyValueError::new_err(format!("guest-physical address {gpa:#x} is not RAM"))
         }
-        MemoryError::Map(errno) => os_error(errno),
+        MemoryError::System(errno) => os_error(errno),
     }
 }
 
@@ -110,6 +110,10 @@ impl Memory {
         // the GIL is held, so no other Python code changes it during the copy.
         let bytes = unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast::<u8>(), buffer.item_count()) };
         self.inner.write(gpa, bytes).map_err(error)
+    }
+
+    fn read_file(&self, py: Python<'_>, fd: i32, offset: u64, parts: Vec<(u64, u64)>) -> PyResult<usize> {
+        py.detach(|| self.inner.read_file(fd, offset, &parts)).map_err(error)
     }
 
     fn take_dirty(&self) -> Vec<u64> {

@@ -26,6 +26,9 @@ pub const P2M_FOREIGN: u64 = 1 << 4;
 /// All flag bits of an entry; the rest is the host address.
 pub const P2M_FLAGS: u64 = PAGE_SIZE - 1;
 
+/// Pieces of host memory that one [`Memory::read_file`] fills at most: the kernel's IOV_MAX.
+pub const MAX_PIECES: usize = 1024;
+
 const LEAF_SHIFT: u32 = 9;
 const LEAF_ENTRIES: usize = 1 << LEAF_SHIFT;
 /// Guest-physical address bits (1 TiB).
@@ -63,8 +66,8 @@ pub enum MemoryError {
     BadBacking,
     /// Part of the range is not RAM.
     NotRam(u64),
-    /// `mmap` failed with this errno.
-    Map(i32),
+    /// The host's system call failed with this errno.
+    System(i32),
 }
 
 /// The memory of one domain.
@@ -118,7 +121,7 @@ impl Memory {
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(MemoryError::Map(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
+            return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
         let mut backings = self.backings.lock().unwrap();
         backings.push(Backing { base: base.cast(), size });
@@ -321,12 +324,61 @@ impl Memory {
                     len,
                 );
             }
-            let before = self.set_flags(gfn, P2M_DIRTY);
-            if before & P2M_CODE != 0 {
-                self.post_stale_code(gfn);
-            }
+            self.written(gfn);
             gfn += 1;
         })
+    }
+
+    /// Reads from a file straight into guest-physical memory, `parts` (address, bytes) one after
+    /// the other, as far as the host has the bytes at hand: it waits for no disk. Returns how many
+    /// bytes from the start arrived; 0 if none were at hand, or if there are more than
+    /// [`MAX_PIECES`] pieces. `System` carries the errno of a read that failed. Every byte must be
+    /// writable RAM. Decoded code of all the frames is dropped and they count as dirty.
+    pub fn read_file(&self, fd: i32, offset: u64, parts: &[(u64, u64)]) -> Result<usize, MemoryError> {
+        let mut pieces: Vec<libc::iovec> = Vec::new();
+        for &(gpa, length) in parts {
+            let length = usize::try_from(length).map_err(|_| MemoryError::OutOfRange)?;
+            let mut refused = None;
+            self.chunks(gpa, length, |entry, at, from, len| {
+                if entry & P2M_WRITABLE == 0 {
+                    refused.get_or_insert(gpa + from as u64);
+                }
+                let host = (entry & !P2M_FLAGS) as usize + at;
+                match pieces.last_mut() {
+                    Some(last) if last.iov_base as usize + last.iov_len == host => last.iov_len += len,
+                    _ => pieces.push(libc::iovec { iov_base: host as *mut libc::c_void, iov_len: len }),
+                }
+            })?;
+            if let Some(at) = refused {
+                return Err(MemoryError::NotRam(at));
+            }
+        }
+        if pieces.is_empty() || pieces.len() > MAX_PIECES {
+            return Ok(0);
+        }
+        let offset = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange)?;
+        // SAFETY: each piece lies in pages that are mapped while self lives, of memory that the guest
+        // shares, to which there are no references; the kernel refuses a bad descriptor or offset.
+        let count = unsafe {
+            libc::preadv2(fd, pieces.as_ptr(), pieces.len() as libc::c_int, offset, libc::RWF_NOWAIT)
+        };
+        let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        // A failed read may have written something too.
+        for &(gpa, length) in parts.iter().filter(|part| part.1 > 0) {
+            (gpa >> PAGE_SHIFT..=(gpa + length - 1) >> PAGE_SHIFT).for_each(|gfn| self.written(gfn));
+        }
+        match usize::try_from(count) {
+            Ok(count) => Ok(count),
+            Err(_) if errno == libc::EAGAIN || errno == libc::EINTR => Ok(0),
+            Err(_) => Err(MemoryError::System(errno)),
+        }
+    }
+
+    /// A frame has been written from outside the vCPU.
+    fn written(&self, gfn: u64) {
+        if self.set_flags(gfn, P2M_DIRTY) & P2M_CODE != 0 {
+            self.post_stale_code(gfn);
+        }
     }
 
     fn chunks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nonroot.engines.exits import Halt, Mmio, PortIo
@@ -275,6 +277,18 @@ class PortAndMemoryContract(EngineBase):
         assert machine.output(3) == [2, 2, 2]
         machine.memory.write(machine.program["piece"] + 1, b"\x03")
         assert machine.output(1) == [3]
+
+    def test_files_read_into_memory_reach_decoded_code(self, tmp_path: Path) -> None:
+        machine = self.machine("again:\n call piece\n out 0x10, al\n jmp again\n align 4096\n piece: mov al, 1\n ret")
+        assert machine.output(3) == [1, 1, 1]
+        path = tmp_path / "code"
+        path.write_bytes(b"\x02")
+        with path.open("rb") as file:
+            try:
+                assert machine.memory.read_file(file.fileno(), 0, [(machine.program["piece"] + 1, 1)]) == 1
+            except OSError:
+                pytest.skip("this file system does not say what is at hand")
+        assert machine.output(3) == [2, 2, 2]
 
     def test_self_modifying_code(self) -> None:
         machine = self.machine(
