@@ -1,5 +1,7 @@
 """ROM and RAM below 1 MiB as the PAM registers say, on the p2m; DMA there and around holes."""
 
+from pathlib import Path
+
 import pytest
 
 from nonroot._engine import Memory
@@ -102,6 +104,24 @@ def test_dma_is_in_the_dirty_log(memory: Memory) -> None:
     memory.take_dirty()
     GuestDma(memory, 16 * MIB).write(0x2FFF, b"ab")
     assert memory.take_dirty() == [2, 3]
+
+
+def test_dma_from_a_file_leaves_rom_alone(memory: Memory, shadow: ShadowRam, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"file" * 4096)
+    with path.open("rb") as file:
+        file.read()
+        dma, descriptor = GuestDma(memory, 16 * MIB), file.fileno()
+        if dma.read_file(descriptor, 0, [(0x1000, 4)]) < 0:
+            pytest.skip("this file system does not say what is at hand")
+        for address in (0xF_0000, 16 * MIB, 1 << 40, 1 << 63, -1):
+            assert dma.read_file(descriptor, 0, [(0x1000, 4), (address, 4)]) == 0
+        assert memory.read(0xF_0000, 1) == bytes([48])
+        memory.take_dirty()
+        assert dma.read_file(descriptor, 0, [(0x1FFE, 4)]) == 4
+        assert dma.read(0x1FFE, 4) == b"file"
+        assert memory.take_dirty() == [1, 2]
+        assert dma.read_file(10**6, 0, [(0x1000, 4)]) == -1
 
 
 def test_board_memory(memory: Memory) -> None:

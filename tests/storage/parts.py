@@ -1,6 +1,7 @@
 """Media, memory and a small driver for the tests of storage devices."""
 
 import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -81,6 +82,13 @@ class FakeMemory:
         end = min(address + len(data), len(self.data))
         if address < end:
             self.data[address:end] = data[: end - address]
+
+    def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        if any(address + length > len(self.data) for address, length in parts):
+            return 0
+        with memoryview(self.data) as view:
+            buffers = [view[address : address + length] for address, length in parts]
+            return os.preadv(descriptor, buffers, offset)
 
 
 class EnabledIde(PiixIde):
@@ -334,6 +342,9 @@ class FailingImage:
         if offset >= self.readable:
             raise OSError(errno.EIO, "told to")
         return bytes(self.data[offset : min(offset + length, self.readable)])
+
+    def descriptor(self, offset: int, length: int) -> int | None:
+        return None
 
     def write(self, offset: int, data: bytes) -> None:
         if self.errno:

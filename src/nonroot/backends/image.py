@@ -21,6 +21,9 @@ class Image(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the medium. Fewer than asked for: what follows cannot be read. OSError if that is so at once."""
 
+    def descriptor(self, offset: int, length: int) -> int | None:
+        """A file that has these bytes at the same offset, to read while nothing else is done; None: there is none."""
+
     def write(self, offset: int, data: bytes) -> None:
         """Write all of ``data``. OSError: some of it may have been written."""
 

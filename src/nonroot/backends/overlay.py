@@ -89,6 +89,14 @@ class OverlayImage:
             data += part
         return data.ljust(length, b"\0")
 
+    def descriptor(self, offset: int, length: int) -> int | None:
+        """The layer's or that of the image below, if all is there."""
+        first, last = offset // CLUSTER, (offset + length - 1) // CLUSTER
+        here = bool(self._present) and self._has(first)
+        if self._present and any(self._has(cluster) != here for cluster in range(first + 1, last + 1)):
+            return None
+        return self._fd if here else self._base.descriptor(offset, length)
+
     def write(self, offset: int, data: bytes) -> None:
         """Into the layer; the rest of a cluster is copied up first. A failure leaves what was there before."""
         first, last = offset // CLUSTER, (offset + len(data) - 1) // CLUSTER

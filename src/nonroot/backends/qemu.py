@@ -51,6 +51,10 @@ class ForeignImage:
         """Bytes of the disk."""
         return self._image.read(offset, length)
 
+    def descriptor(self, offset: int, length: int) -> int | None:
+        """None: the bytes come through a socket."""
+        return None
+
     def write(self, offset: int, data: bytes) -> None:
         """Write."""
         self._image.write(offset, data)

@@ -86,6 +86,10 @@ class RawImage:
             done += len(part)
         return (b"".join(parts) if len(parts) != 1 else parts[0]).ljust(length, b"\0")
 
+    def descriptor(self, offset: int, length: int) -> int | None:
+        """The file's, up to its end."""
+        return self._fd if offset >= 0 and offset + length <= self._end and self._fd >= 0 else None
+
     def write(self, offset: int, data: bytes) -> None:
         """All of ``data``; a file that ended in the middle of its last sector may become longer, up to its end."""
         if self._read_only:

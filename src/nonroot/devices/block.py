@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Protocol
 
-__all__ = ["SECTOR", "BlockDone", "BlockOp", "BlockPort", "BlockRequest", "BlockResult", "BlockStatus"]
+__all__ = ["SECTOR", "BlockDone", "BlockOp", "BlockPort", "BlockRequest", "BlockResult", "BlockStatus", "Place"]
 
 SECTOR: Final = 512
 """Bytes; offsets and lengths of requests are multiples of it."""
@@ -34,6 +34,13 @@ class BlockStatus(IntEnum):
     OUT_OF_RANGE = 4
 
 
+Place = Callable[[int, int], int]
+"""Takes a host file's descriptor and an offset, and puts what the host has at hand there where it belongs.
+
+Returns how many bytes from the start arrived, -1 if this file cannot be read so.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockRequest:
     """One request. ``offset`` and ``length`` are bytes."""
@@ -45,6 +52,9 @@ class BlockRequest:
     """What to write; ``length`` bytes."""
     issued_ns: int = 0
     """Machine time at which the guest asked: completions at a fixed latency count from here."""
+    place: Place | None = None
+    """A read's way to where the data belongs, without passing through the device. It may be used or not, before
+    ``submit`` returns; ``length`` bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,8 @@ class BlockResult:
     status: BlockStatus = BlockStatus.OK
     data: bytes = b""
     """What was read. With an error: the bytes before the place that cannot be read, maybe none."""
+    placed: int = 0
+    """Bytes, if all of a read went to the request's ``place``; ``data`` is empty then."""
 
 
 BlockDone = Callable[[BlockResult], object]

@@ -9,7 +9,7 @@ from typing import Final
 from nonroot.devices.atapi import EVENT_MEDIA_REMOVAL, EVENT_NEW_MEDIA, MEDIUM_CHANGED
 from nonroot.devices.block import BlockPort
 from nonroot.devices.ide_channel import Channel
-from nonroot.devices.ide_record import CHANNEL_FIELDS, UNIT_FIELDS, IdeState, Phase
+from nonroot.devices.ide_record import BUS_MASTER_FIELDS, CHANNEL_FIELDS, UNIT_FIELDS, IdeState, Phase
 from nonroot.devices.ide_unit import CdRom, Disk, Unit
 from nonroot.devices.pci_device import UNCONNECTED, Bar, BarKind, PciConnection, PciDevice, PciIdentity
 from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine, StateError, StateRecord, expect
@@ -94,6 +94,8 @@ class PiixIde(PciDevice):
 
     def read(self, offset: int, size: int) -> int:
         """A load from a command block, a control port or the bus master."""
+        if size == 1 and offset & 0x0F:
+            return self._read_byte(offset)
         if offset in (PRIMARY, SECONDARY):
             number = offset >> 4
             if self._decoded(number):
@@ -106,6 +108,9 @@ class PiixIde(PciDevice):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A store."""
+        if size == 1 and offset & 0x0F:
+            self._write_byte(offset, value)
+            return
         if offset in (PRIMARY, SECONDARY):
             number = offset >> 4
             if self._decoded(number):
@@ -116,7 +121,7 @@ class PiixIde(PciDevice):
 
     def _read_byte(self, offset: int) -> int:
         if BUS_MASTER <= offset < BUS_MASTER + 16:
-            return self.channels[offset >> 3 & 1].read_bus_master(offset & 7)
+            return self.channels[offset >> 3 & 1].bus_master.read(offset & 7)
         number, register = offset >> 4, offset & 0x0F
         if number > 1 or not self._decoded(number):
             return 0xFF
@@ -190,6 +195,8 @@ class PiixIde(PciDevice):
             values[name] = tuple(getattr(unit, name) for unit in self.units)
         for name in CHANNEL_FIELDS:
             values[name] = tuple(int(getattr(channel, name)) for channel in self.channels)
+        for name in BUS_MASTER_FIELDS:
+            values[name] = tuple(getattr(channel.bus_master, name) for channel in self.channels)
         buffers = [bytes(channel.buffer) for channel in self.channels]
         return IdeState(config=bytes(self.data), buffer0=buffers[0], buffer1=buffers[1], **values)
 
@@ -206,6 +213,8 @@ class PiixIde(PciDevice):
         for number, channel in enumerate(self.channels):
             for name in CHANNEL_FIELDS:
                 setattr(channel, name, getattr(record, name)[number])
+            for name in BUS_MASTER_FIELDS:
+                setattr(channel.bus_master, name, getattr(record, name)[number])
             channel.buffer[:] = (record.buffer0, record.buffer1)[number]
             channel.restored()
 

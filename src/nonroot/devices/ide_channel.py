@@ -1,15 +1,15 @@
-"""One IDE channel: the task file of two units on a cable, transfers by PIO and by the bus master, and its interrupt.
+"""One IDE channel: the task file of two units on a cable, their transfers, and the interrupt.
 
 A channel does one command at a time. What moves is described by numbers (action, address, sectors left, buffer), so
 that a request which is on its way can be asked for again from a record.
-Source: T13/1410D (ATA/ATAPI-6); Intel 82371SB (290550); Programming Interface for Bus Master IDE Controller 1.0.
+Source: T13/1410D (ATA/ATAPI-6); Intel 82371SB (290550).
 """
 
-import struct
-from typing import Final, Protocol
+from typing import Final
 
 from nonroot.devices import ata, atapi
 from nonroot.devices.block import BlockOp, BlockRequest, BlockResult, BlockStatus
+from nonroot.devices.ide_bus_master import BusMaster, BusMemory
 from nonroot.devices.ide_record import (
     CHANNEL_FIELDS,
     CHUNK,
@@ -21,10 +21,9 @@ from nonroot.devices.ide_record import (
     Phase,
 )
 from nonroot.devices.ide_unit import BSY, DEVICE_1, DEVICE_OBSOLETE, DRDY, DRQ, DSC, ERR, READY, UNC, Unit
-from nonroot.devices.pci_device import PciConnection
 from nonroot.hvm.device import Clock, Events, IrqLine
 
-__all__ = ["BusMemory", "Channel"]
+__all__ = ["Channel"]
 
 # Registers of the command block
 DATA: Final = 0
@@ -41,14 +40,6 @@ NIEN: Final = 0x02
 SRST: Final = 0x04
 HOB: Final = 0x80
 
-# Bus master
-BM_START: Final = 0x01
-BM_TO_MEMORY: Final = 0x08
-BM_ACTIVE: Final = 0x01
-BM_ERROR: Final = 0x02
-BM_INTERRUPT: Final = 0x04
-BM_DRIVES: Final = 0x60
-
 EMPTY: Final = 0x7F
 """What a cable without drives shows: DD7 is pulled down, so that nobody takes it for busy."""
 
@@ -58,21 +49,7 @@ REASON_IN: Final = 0x02
 
 DMA_REQUEST: Final = 1 << 20
 """Bytes of the largest request whose data goes to memory by DMA."""
-TABLE_PART: Final = 1024
-"""Bytes of the bus master's table that are read at once; within one move, not kept."""
-_ENTRY: Final = struct.Struct("<II")
-
 NO_MEDIUM: Final = BlockResult(BlockStatus.IO_ERROR)
-
-
-class BusMemory(Protocol):
-    """The bus master's way to guest memory."""
-
-    connection: PciConnection
-
-    @property
-    def bus_master(self) -> bool:
-        """Whether the guest has switched it on."""
 
 
 class Channel:
@@ -91,13 +68,6 @@ class Channel:
     block: int
     position: int
     issued: int
-    bm_command: int
-    bm_status: int
-    bm_table: int
-    prd_next: int
-    prd_address: int
-    prd_left: int
-    prd_last: int
 
     def __init__(
         self, name: str, units: tuple[Unit, Unit], irq: IrqLine, memory: BusMemory, clock: Clock, events: Events
@@ -106,18 +76,17 @@ class Channel:
         self.units = units
         self.buffer = bytearray()
         self._irq = irq
-        self._memory = memory
+        self.bus_master = BusMaster(name, memory, events)
         self._clock = clock
         self._events = events
         self._level = False
         self._request_number = 0
-        self._table = b""
-        self._table_at = 0
         self._clear()
 
     def _clear(self) -> None:
         for name in CHANNEL_FIELDS:
             setattr(self, name, 0)
+        self.bus_master.clear()
         self.phase, self.action = Phase.IDLE, Action.NONE
         self.block = 512
         self.buffer.clear()
@@ -151,7 +120,7 @@ class Channel:
         """The unit asks for attention."""
         self.interrupt = 1
         if not self.control & NIEN:
-            self.bm_status |= BM_INTERRUPT
+            self.bus_master.interrupted()
         self.drive_line()
 
     def clear_interrupt(self) -> None:
@@ -357,18 +326,27 @@ class Channel:
             # What goes to memory by DMA does not stay in the buffer.
             most = DMA_REQUEST if self.action in DMA_ACTIONS else CHUNK
             length = min(self.left, most // size) * size
-            request = BlockRequest(BlockOp.READ, self.lba * size, length, issued_ns=self.issued)
+            place = self.bus_master.look_ahead(length) if self._places() else None
+            request = BlockRequest(BlockOp.READ, self.lba * size, length, issued_ns=self.issued, place=place)
         port = unit.port
         if port is None:
             self._done(number, NO_MEDIUM)
         else:
             port.submit(request, lambda result: self._done(number, result))
 
+    def _places(self) -> bool:
+        """Whether what is read may go to memory without passing through here."""
+        return self.action in DMA_ACTIONS and self._may_move()
+
     def _done(self, number: int, result: BlockResult) -> None:
         """A request has ended; one that was given up is none of ours."""
         if number != self._request_number or self.phase is not Phase.WORK:
             return
         size = self.acting.sector
+        if result.placed:
+            self._placed(result.placed // size)
+            return
+        self.bus_master.forget_walk()
         good = len(result.data) // size
         if result.status is not BlockStatus.OK and (good == 0 or self.flushing or self.action in WRITES):
             self._events(self.name, "host-error", result.status)
@@ -395,6 +373,16 @@ class Channel:
         else:
             self._ask_for_data()
             self.raise_interrupt()
+
+    def _placed(self, sectors: int) -> None:
+        """What has been read is where the table said when it was asked for."""
+        if not self.bus_master.use_walk():
+            # The guest has stopped or restarted the bus master meanwhile: it is read again, for its new table.
+            self._submit()
+            return
+        self.lba += sectors
+        self.left -= sectors
+        self._delivered()
 
     def _have_read(self, result: BlockResult, sectors: int) -> None:
         self.lba += sectors
@@ -430,7 +418,7 @@ class Channel:
         """The command is done."""
         unit = self.acting
         if self.action in DMA_ACTIONS:
-            self._settle()
+            self.bus_master.settle()
         if self.action in FROM_CD:
             atapi.packet_done(self, unit)
             return
@@ -521,46 +509,23 @@ class Channel:
 
     # ── the bus master ──
 
-    def read_bus_master(self, register: int) -> int:
-        """A byte of the bus master's registers: 0 command, 2 status, 4..7 table."""
-        if register == 0:
-            return self.bm_command
-        if register == 2:
-            return self.bm_status
-        if register >= 4:
-            return self.bm_table >> 8 * (register - 4) & 0xFF
-        return 0
-
     def write_bus_master(self, register: int, value: int) -> None:
-        """A byte."""
-        if register == 0:
-            before, self.bm_command = self.bm_command, value & (BM_START | BM_TO_MEMORY)
-            if value & BM_START and not before & BM_START:
-                self.bm_status |= BM_ACTIVE
-                self.prd_next, self.prd_address, self.prd_left, self.prd_last = self.bm_table, 0, 0, 0
-                if self.phase is Phase.DMA:
-                    self._move()
-            elif not value & BM_START:
-                self.bm_status &= ~BM_ACTIVE
-        elif register == 2:
-            cleared = value & (BM_ERROR | BM_INTERRUPT)
-            self.bm_status = (self.bm_status & ~cleared & ~BM_DRIVES) | value & BM_DRIVES
-        elif register >= 4:
-            shift = 8 * (register - 4)
-            self.bm_table = (self.bm_table & ~(0xFF << shift) | value << shift) & 0xFFFF_FFFC
+        """A byte of the bus master's registers; what waits for it moves."""
+        if self.bus_master.write(register, value) and self.phase is Phase.DMA:
+            self._move()
 
     def _await_dma(self) -> None:
         self.phase = Phase.DMA
         self.acting.status = READY | DRQ
-        if self.bm_status & BM_ACTIVE:
+        if self.bus_master.active:
             self._move()
 
     def _move(self) -> None:
         """The bus master runs and the unit has something to move."""
         if not self._may_move():
-            self._events(self.name, "bus-master-off", self.bm_command)
+            self._events(self.name, "bus-master-off", self.bus_master.bm_command)
         elif self.action is Action.WRITE_DMA:
-            data = self._gather(min(self.left * 512, CHUNK))
+            data = self.bus_master.gather(min(self.left * 512, CHUNK))
             if data is not None:
                 self.buffer[:] = data
                 self._submit()
@@ -594,85 +559,12 @@ class Channel:
 
     def _may_move(self) -> bool:
         """Whether the bus master runs in the direction that the command needs."""
-        wanted = BM_TO_MEMORY if self.action is not Action.WRITE_DMA else 0
-        ready = self.bm_status & BM_ACTIVE and self._memory.bus_master
-        return bool(ready) and self.bm_command & BM_TO_MEMORY == wanted
-
-    def _settle(self) -> None:
-        """A table that is used up exactly ends the bus master's activity; a longer one leaves it active."""
-        if self.prd_last and not self.prd_left:
-            self.bm_status &= ~BM_ACTIVE
+        return self.bus_master.runs(to_memory=self.action is not Action.WRITE_DMA)
 
     def _scatter(self, data: bytes) -> bool:
         """``data``, from ``position`` on, to where the table says; false if the table ends before."""
-        write, position, size = self._memory.connection.dma.write, self.position, len(data)
-        self._table = b""
-        with memoryview(data) as view:
-            while position < size:
-                if not self.prd_left and not self._next_region():
-                    self.position = position
-                    return False
-                part = min(self.prd_left, size - position)
-                write(self.prd_address, view[position : position + part])
-                self.prd_address += part
-                self.prd_left -= part
-                position += part
-        self.position = position
-        return True
-
-    def _gather(self, size: int) -> bytes | None:
-        """``size`` bytes from where the table says; None if the table ends before."""
-        parts = []
-        self._table = b""
-        while size:
-            if not self.prd_left and not self._next_region():
-                return None
-            part = min(self.prd_left, size)
-            parts.append(self._memory.connection.dma.read(self.prd_address, part))
-            self.prd_address += part
-            self.prd_left -= part
-            size -= part
-        return b"".join(parts)
-
-    def _next_region(self) -> bool:
-        """The next entry of the table. False after the last: the bus master stops, and the unit waits for ever."""
-        if self.prd_last:
-            self.bm_status &= ~BM_ACTIVE
-            self._events(self.name, "table-too-short", self.bm_table)
-            return False
-        address, count, self.prd_last = self._next_entry()
-        # Neighbours become one region: a guest's buffer is often one stretch of memory, page by page.
-        while not self.prd_last and count < CHUNK:
-            following = self._peek_entry()
-            if following[0] != address + count:
-                break
-            self._next_entry()
-            count += following[1]
-            self.prd_last = following[2]
-        self.prd_address, self.prd_left = address, count
-        return True
-
-    def _peek_entry(self) -> tuple[int, int, int]:
-        """(address, bytes, whether it is the last) of the entry at ``prd_next``."""
-        if not self._table:
-            # As much as is likely to be wanted, at once. The table lies within 64 KiB: the address wraps there.
-            read = self._memory.connection.dma.read
-            before_wrap = 0x1_0000 - (self.prd_next & 0xFFFF)
-            if before_wrap >= 8:
-                self._table = read(self.prd_next, min(TABLE_PART, before_wrap & ~7))
-            else:
-                self._table = read(self.prd_next, 4) + read(self.prd_next & ~0xFFFF, 4)
-            self._table_at = 0
-        address, count = _ENTRY.unpack_from(self._table, self._table_at)
-        return address & ~1, count & 0xFFFE or 0x1_0000, count >> 31
-
-    def _next_entry(self) -> tuple[int, int, int]:
-        entry = self._peek_entry()
-        self.prd_next = self.prd_next & ~0xFFFF | self.prd_next + 8 & 0xFFFF
-        self._table_at += 8
-        if self._table_at + 8 > len(self._table):
-            self._table = b""
-        return entry
+        self.position = self.bus_master.scatter(data, self.position)
+        return self.position == len(data)
 
     # ── records ──
 
@@ -685,6 +577,7 @@ class Channel:
         """After a record was applied: the line follows, and a request that was on its way is made again."""
         self._request_number += 1
         self.phase, self.action = Phase(self.phase), Action(self.action)
+        self.bus_master.forget_walk()
         self.drive_line()
         if self.phase is Phase.WORK:
             self.request()

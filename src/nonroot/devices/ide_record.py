@@ -8,7 +8,7 @@ from nonroot.devices.block import SECTOR
 from nonroot.hvm.device import StateError, StateRecord, array, blob, fifo
 from nonroot.hvm.pci import CONFIG_SIZE
 
-__all__ = ["CHANNEL_FIELDS", "CHUNK", "UNIT_FIELDS", "Action", "IdeState", "Phase"]
+__all__ = ["BUS_MASTER_FIELDS", "CHANNEL_FIELDS", "CHUNK", "UNIT_FIELDS", "Action", "IdeState", "Phase"]
 
 CHUNK: Final = 256 * 1024
 """Bytes that a channel buffers at most."""
@@ -155,7 +155,11 @@ UNIT_FIELDS: Final = (
 """Fields of :class:`IdeState` that are a unit's."""
 CHANNEL_FIELDS: Final = (
     *("control", "selected", "interrupt", "phase", "action", "actor", "flushing", "flush_after", "lba", "left"),
-    *("block", "position", "issued", "bm_command", "bm_status", "bm_table", "prd_next", "prd_address", "prd_left"),
-    "prd_last",
+    *("block", "position", "issued"),
 )
 """Fields of :class:`IdeState` that are a channel's."""
+BUS_MASTER_FIELDS: Final = (
+    *("bm_command", "bm_status", "bm_table"),
+    *("prd_next", "prd_address", "prd_left", "prd_last"),
+)
+"""Fields of :class:`IdeState` that are those of a channel's bus master."""

@@ -70,6 +70,14 @@ class Dma(Protocol):
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Write guest-physical bytes: decoded code is dropped, frames count as dirty. Lost where there is no RAM."""
 
+    def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        """
+        Like :meth:`write` from a host file, to ``parts`` (address, bytes) one after the other, without a copy between.
+
+        Takes what the host has at hand and waits for nothing. Returns how many bytes from the start arrived: none where
+        not all is RAM; -1 if this file cannot be read so.
+        """
+
 
 class DeviceRam(Protocol):
     """Memory of a device (a framebuffer) that the guest can map; bytes, whole pages of 4096."""
@@ -157,6 +165,9 @@ class _NoMemory:
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         pass
+
+    def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

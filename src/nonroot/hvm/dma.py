@@ -56,6 +56,15 @@ class GuestDma:
                 continue
             self._memory.write(start, piece)
 
+    def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        """Bytes of a host file to ``parts``, as far as they are at hand and all of it is RAM that can be written."""
+        try:
+            return self._memory.read_file(descriptor, offset, parts)
+        except (ValueError, OverflowError):
+            return 0
+        except OSError:
+            return -1
+
 
 def _pages(address: int, length: int) -> list[tuple[int, int]]:
     """(address, length) of each page's part."""
