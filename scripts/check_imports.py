@@ -29,6 +29,7 @@ PURE = (
     "nonroot.engines.exits",
     "nonroot.engines.policy",
     "nonroot.engines.state",
+    "nonroot.xenstore.relay",
     "nonroot.xenstore.session",
     "nonroot.xenstore.store",
     "nonroot.xenstore.tree",

@@ -12,7 +12,7 @@ from typing import Final
 from nonroot.xenstore.paths import Names
 from nonroot.xenstore.permissions import Permissions
 
-__all__ = ["Aspect", "Node", "State", "find", "generation_of", "walk", "with_node"]
+__all__ = ["Aspect", "Node", "State", "depth_of", "find", "generation_of", "walk", "with_node"]
 
 _OVERHEAD: Final = 32
 """Bytes that a node counts besides its name and its value."""
@@ -102,6 +102,17 @@ def find(root: Node, names: Names) -> Node | None:
             return None
         node = node.children.get(name)
     return node
+
+
+def depth_of(root: Node, names: Names) -> int:
+    """How many components of the path are there."""
+    node = root
+    for depth, name in enumerate(names):
+        child = node.children.get(name)
+        if child is None:
+            return depth
+        node = child
+    return len(names)
 
 
 def with_node(root: Node, names: Names, node: Node | None, generation: int) -> Node:

@@ -12,7 +12,7 @@ from nonroot.xenstore.errors import StoreError
 from nonroot.xenstore.paths import Names, join
 from nonroot.xenstore.permissions import Access, Caller, Permission, Permissions, format_permissions
 from nonroot.xenstore.quota import Quota
-from nonroot.xenstore.tree import Aspect, Node, State, find, generation_of, walk, with_node
+from nonroot.xenstore.tree import Aspect, Node, State, depth_of, find, generation_of, walk, with_node
 
 __all__ = ["Change", "Kind", "View", "perform"]
 
@@ -35,7 +35,7 @@ class Change:
     value: bytes = b""
     permissions: Permissions = ()
     notify: bool = True
-    """Do watches hear of it? Not of parents that were made on the way."""
+    """Do watches hear of it? Not of a creation that a value follows."""
     before: Node | None = None
     """The node that it changed or removed, as it was."""
 
@@ -50,7 +50,7 @@ class Change:
 
 
 def perform(state: State, change: Change, generation: int) -> None:
-    """Do it, and count it. The node exists (for CREATE: its parent does, and it does not)."""
+    """Do it, and count it. The node exists; for CREATE it does not, and parents that are missing come with it."""
     names = change.names
     name = names[-1] if names else ""
     before = find(state.root, names)
@@ -58,8 +58,13 @@ def perform(state: State, change: Change, generation: int) -> None:
     after: Node | None
     if change.kind is Kind.CREATE:
         assert before is None
+        existing = depth_of(state.root, names)
         after = Node.new(change.permissions, generation)
         state.charge(after.owner, 1, after.size(name))
+        for depth in range(len(names) - 1, existing, -1):
+            after = Node(b"", change.permissions, {names[depth]: after}, (generation,) * 4)
+            state.charge(after.owner, 1, after.size(names[depth - 1]))
+        names = names[: existing + 1]
     elif change.kind is Kind.REMOVE:
         assert before is not None
         after = None
@@ -122,9 +127,7 @@ class View:
             raise StoreError("ENOSPC")
         node = self._resolve(names, Access.WRITE)
         if node is None:
-            with_parents = self._missing(names)
-            self._check_room(with_parents, len(value))
-            self._create(with_parents, notify=False)
+            self._create(names, len(value), notify=False)
         else:
             if node.owner and not self.caller.privileged:
                 _, used = self.state.usage[node.owner]
@@ -136,9 +139,7 @@ class View:
     def make(self, names: Names) -> None:
         """MKDIR: makes the node, and its parents, where they are missing."""
         if self._resolve(names, Access.WRITE) is None:
-            missing = self._missing(names)
-            self._check_room(missing, 0)
-            self._create(missing, notify=True)
+            self._create(names, 0, notify=True)
 
     def remove(self, names: Names) -> None:
         """RM: with all that is below. A node that is not there is no error if its parent is."""
@@ -194,44 +195,31 @@ class View:
             raise StoreError("EACCES")
         return node if depth == len(names) else None
 
-    def _missing(self, names: Names) -> list[Names]:
-        """The paths of the nodes that are not there, from the top down."""
-        node: Node | None = self.state.root
-        found = []
-        for depth, name in enumerate(names):
-            node = node.children.get(name) if node is not None else None
-            if node is None:
-                found.append(names[: depth + 1])
-        return found
-
     def _note(self, names: Names, aspect: Aspect) -> None:
         self._reads.add((names, aspect))
         self._check_length()
 
-    def _check_length(self) -> None:
-        if not self.caller.privileged and len(self._reads) + len(self.log) > self.quota.transaction_nodes:
+    def _check_length(self, more: int = 0) -> None:
+        if not self.caller.privileged and len(self._reads) + len(self.log) + more > self.quota.transaction_nodes:
             raise StoreError("ENOSPC")
 
     # Changing
 
-    def _check_room(self, missing: list[Names], value: int) -> None:
-        if self.caller.privileged:
-            return
-        nodes, size = self.state.usage.get(self.caller.domid, (0, 0))
-        needed = value + sum(Node.new((Permission(0, Access.NONE),), 0).size(names[-1]) for names in missing)
-        if nodes + len(missing) > self.quota.nodes or size + needed > self.quota.bytes:
-            raise StoreError("ENOSPC")
-        if len(self._reads) + len(self.log) + len(missing) >= self.quota.transaction_nodes:
-            raise StoreError("ENOSPC")
-
-    def _create(self, missing: list[Names], *, notify: bool) -> None:
-        parent = find(self.state.root, missing[0][:-1])
+    def _create(self, names: Names, value: int, *, notify: bool) -> None:
+        """The node and its missing parents, if there is room for them and ``value`` bytes. StoreError ENOSPC."""
+        existing = depth_of(self.state.root, names)
+        parent = find(self.state.root, names[:existing])
         assert parent is not None
         permissions = parent.permissions
         if not self.caller.privileged:  # what a domain makes is its own
             permissions = (Permission(self.caller.domid, permissions[0].access), *permissions[1:])
-        for names in missing:
-            self._do(Change(Kind.CREATE, names, permissions=permissions, notify=notify and names is missing[-1]))
+            nodes, size = self.state.usage.get(self.caller.domid, (0, 0))
+            empty = Node.new(permissions, 0)
+            needed = value + sum(empty.size(name) for name in names[existing:])
+            if nodes + len(names) - existing > self.quota.nodes or size + needed > self.quota.bytes:
+                raise StoreError("ENOSPC")
+            self._check_length(2)  # this change, and that of the value
+        self._do(Change(Kind.CREATE, names, permissions=permissions, notify=notify))
 
     def _do(self, change: Change) -> None:
         if self.state is self.base:
@@ -244,7 +232,7 @@ class View:
             perform(self.state, change, self._generation())
             same.value, same.permissions, same.before = change.value, change.permissions, before
             return
-        self._check_length()
+        self._check_length(1)
         perform(self.state, change, self._generation())
         self.log.append(change)
         if change.kind is Kind.REMOVE:

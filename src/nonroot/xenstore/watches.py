@@ -1,5 +1,6 @@
 """Who wants to hear of which nodes."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,10 +47,14 @@ class WatchTable:
 
     def __init__(self) -> None:
         self._by_key: dict[Names, list[Watch]] = {}
+        self._lengths: Counter[int] = Counter()
+        """How many keys have so many components: of deep paths only few prefixes need a look."""
 
     def add(self, watch: Watch) -> None:
         """Register it."""
-        self._by_key.setdefault(watch.key, []).append(watch)
+        there = self._by_key.setdefault(watch.key, [])
+        self._lengths[len(watch.key)] += not there
+        there.append(watch)
 
     def remove(self, watch: Watch) -> None:
         """Forget it."""
@@ -57,10 +62,13 @@ class WatchTable:
         there.remove(watch)
         if not there:
             del self._by_key[watch.key]
+            self._lengths[len(watch.key)] -= 1
 
     def at_or_above(self, names: Names) -> Iterator[Watch]:
         """Watches that a change of a node concerns."""
-        for depth in range(len(names), -1, -1):
+        for depth in sorted((length for length, keys in self._lengths.items() if keys), reverse=True):
+            if depth > len(names):
+                continue
             yield from self._by_key.get(names[:depth], ())
 
     def below(self, names: Names) -> list[Watch]:

@@ -1,0 +1,100 @@
+"""Between a guest's ring and XenStore's process: keeps requests until they are answered, so that none is lost with it.
+
+Pure: whoever pumps the ring gives and takes bytes. After the process came back and the connection speaks for the domain
+again, :meth:`Relay.resend` sends what was not answered; answers that only say that it had been done before are put
+right.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from nonroot.xenstore.wire import HEADER, PAYLOAD_MAX, Kind, pack
+
+__all__ = ["Relay"]
+
+_OUTSTANDING_MAX: Final = 20
+"""Requests without an answer; xenstored allows a domain as many."""
+
+
+@dataclass(slots=True)
+class _Request:
+    kind: int
+    number: int
+    message: bytes
+    resent: bool = False
+
+
+class Relay:
+    """One domain's requests and answers, in whole messages."""
+
+    def __init__(self, to_store: Callable[[bytes], None], to_guest: Callable[[bytes], None]) -> None:
+        """Both callbacks take whole messages."""
+        self.broken: str | None = None
+        """Why the guest's bytes make no sense any more, as half a sentence; the ring is of no use then."""
+        self._to_store = to_store
+        self._to_guest = to_guest
+        self._requests: deque[_Request] = deque()
+        self._guest = bytearray()
+        self._store = bytearray()
+
+    @property
+    def room(self) -> bool:
+        """May more be taken from the ring? Otherwise not until something was answered."""
+        return self.broken is None and len(self._requests) < _OUTSTANDING_MAX
+
+    def from_guest(self, data: bytes) -> None:
+        """Bytes of the ring's request half, cut anywhere."""
+        if self.broken is not None:
+            return
+        self._guest += data
+        while len(self._guest) >= HEADER.size:
+            kind, number, _, length = HEADER.unpack_from(self._guest)
+            if length > PAYLOAD_MAX:
+                self.broken = f"a message of {length} bytes"
+                return
+            end = HEADER.size + length
+            if len(self._guest) < end:
+                return
+            message = bytes(self._guest[:end])
+            del self._guest[:end]
+            self._requests.append(_Request(kind, number, message))
+            self._to_store(message)
+
+    def from_store(self, data: bytes) -> None:
+        """Bytes from the process, cut anywhere. Answers come in the order of the requests, events in between."""
+        self._store += data
+        while len(self._store) >= HEADER.size:
+            kind, _, _, length = HEADER.unpack_from(self._store)
+            end = HEADER.size + length
+            if len(self._store) < end:
+                return
+            message = bytes(self._store[:end])
+            del self._store[:end]
+            if kind != Kind.WATCH_EVENT:
+                if not self._requests:
+                    continue  # no guest waits for it
+                message = self._put_right(self._requests.popleft(), message)
+            self._to_guest(message)
+
+    def resend(self) -> None:
+        """The connection is a new one: send again what has no answer."""
+        self._store.clear()
+        for request in self._requests:
+            request.resent = True
+            self._to_store(request.message)
+
+    @staticmethod
+    def _put_right(request: _Request, answer: bytes) -> bytes:
+        kind, number, transaction, _ = HEADER.unpack_from(answer)
+        if not request.resent or kind != Kind.ERROR:
+            return answer
+        error = answer[HEADER.size :]
+        if (request.kind, error) in ((Kind.WATCH, b"EEXIST\0"), (Kind.UNWATCH, b"ENOENT\0")):
+            return pack(request.kind, number, transaction, b"OK\0")
+        if request.kind == Kind.TRANSACTION_END and error == b"ENOENT\0":
+            if request.message.endswith(b"F\0"):
+                return pack(request.kind, number, transaction, b"OK\0")
+            return pack(Kind.ERROR, number, transaction, b"EAGAIN\0")  # whether it was done is not known
+        return answer
