@@ -3,8 +3,10 @@
 
 use crate::code_cache::Block;
 use crate::cpu::Cpu;
+use crate::run::Ended;
 use crate::state::*;
 use iced_x86::Instruction;
+use std::sync::atomic::Ordering;
 
 /// What an accelerator did with a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub enum Ran {
     Single,
     /// Nothing has happened: the block is to be interpreted.
     Block,
+    /// As [`Ran::Again`], and [`Cpu::accelerated_exit`] says why the caller is to be asked.
+    Exit,
 }
 
 /// Executes blocks instead of the interpreter.
@@ -48,8 +52,51 @@ impl Cpu {
     /// 32-bit protected mode, in host time (virtual time counts every instruction).
     #[inline(always)]
     pub(crate) fn accelerates(&self) -> bool {
-        self.accelerator.is_some()
-            && (self.mode == Mode::Long64 || self.flat)
-            && matches!(self.clock, Clock::Host { .. })
+        self.accelerator.is_some() && self.accelerated_mode()
+    }
+
+    #[inline(always)]
+    fn accelerated_mode(&self) -> bool {
+        (self.mode == Mode::Long64 || self.flat) && matches!(self.clock, Clock::Host { .. })
+    }
+
+    /// Interprets a block for an accelerator that is running; `retired` and all else is up to date.
+    /// False: the accelerator is to end, with [`Ran::Exit`] if there is an exit now.
+    ///
+    /// # Safety
+    /// `block` is a live block for the present state.
+    #[inline]
+    pub unsafe fn interpret_for_accelerator(&mut self, block: *const Block, until: u64) -> bool {
+        // SAFETY: by the caller's contract.
+        let b = unsafe { &*block };
+        self.rep_budget = until.saturating_sub(self.retired + u64::from(b.count) - 1).max(1);
+        if let Ended::Exit(exit) = self.run_block(b) {
+            self.accelerated_exit = Some(exit);
+            return false;
+        }
+        self.cache.dropped.is_empty()
+            && self.settled()
+            && self.activity == Activity::Running
+            && self.accelerated_mode()
+    }
+
+    /// Whether the run loop has nothing to attend to.
+    #[inline]
+    fn settled(&mut self) -> bool {
+        let requests = self.mailbox.requests.load(Ordering::Relaxed);
+        if requests == 0 {
+            return true;
+        }
+        let attend = requests != request::LOCAL
+            || self.shadow != 0
+            || self.nmi_pending
+            || !self.pending_exits.is_empty()
+            || self.mem.stale_code_pending()
+            || self.needs_stepping()
+            || self.r.rflags & rflags::IF != 0 && self.interrupt_waiting();
+        if !attend {
+            self.mailbox.requests.fetch_and(!request::LOCAL, Ordering::AcqRel);
+        }
+        !attend
     }
 }

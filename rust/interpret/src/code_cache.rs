@@ -79,6 +79,8 @@ pub struct Block {
     key: u64,
     /// The accelerator's: how often it was offered the block.
     pub offered: u32,
+    /// Its frame knows the accelerator's code for it.
+    jumped_to: bool,
     /// The accelerator's: its code for the block, if any.
     pub native: [u32; 2],
 }
@@ -89,6 +91,8 @@ pub const NO_PAGE: u64 = u64::MAX;
 #[derive(Default)]
 struct Frame {
     blocks: Vec<*mut Block>,
+    /// Generated code of the accelerator that has been jumped to: key of its block, address.
+    jumps: Vec<(u64, u64)>,
     /// A bit for each 64 bytes that hold decoded code.
     granules: u64,
 }
@@ -117,6 +121,10 @@ pub struct CodeCache {
     /// be running.
     owned: Vec<*mut Block>,
     ops: usize,
+    /// The accelerator is running, and so not to be had.
+    pub(crate) accelerator_runs: bool,
+    /// Blocks that were dropped meanwhile.
+    pub(crate) dropped: Vec<*mut Block>,
     /// Key of the current mode, context and address space for the jump cache.
     pub exec_key: u64,
     /// Linear base of the code segment (0 in 64-bit mode).
@@ -136,6 +144,8 @@ impl Default for CodeCache {
             frames: FxHashMap::default(),
             owned: Vec::new(),
             ops: 0,
+            accelerator_runs: false,
+            dropped: Vec::new(),
             exec_key: 0,
             cs_base: 0,
             mode_key: 0,
@@ -188,8 +198,10 @@ impl CodeCache {
     pub fn forget_native(&mut self) {
         for &block in &self.owned {
             // SAFETY: owned blocks live until free_all; none is running.
-            unsafe { (*block).native = [0; 2] };
+            let b = unsafe { &mut *block };
+            (b.native, b.jumped_to) = ([0; 2], false);
         }
+        self.frames.values_mut().for_each(|frame| frame.jumps.clear());
     }
 
     fn free_all(&mut self) {
@@ -303,10 +315,11 @@ impl Cpu {
         if self.lma() && !Self::canonical(lin) {
             return Err(self.gp(0));
         }
-        let i = (lin >> 12) as usize & (crate::tlb::EXEC_ENTRIES - 1);
+        let i = self.tlb.exec_slot(lin);
         let tag = lin & !0xfff | self.tlb.asid;
         let e = self.tlb.exec[i];
-        if e.tag == tag && e.context == self.tlb.context as u64 {
+        let same = e.tag == tag || e.global && (e.tag ^ tag) < 0x1000;
+        if same && e.context == self.tlb.context as u64 {
             return Ok(e.gpa | lin & 0xfff);
         }
         let t = self.translate(lin, Access { kind: Kind::Execute, system: false })?;
@@ -320,8 +333,42 @@ impl Cpu {
                 gpa: t.gpa & !0xfff,
                 global: t.global,
             };
+            if !t.global {
+                self.import_jumps(lin, t.gpa);
+            }
         }
         Ok(t.gpa)
+    }
+
+    /// A page begins to run in this address space: generated code that was jumped to in another
+    /// is found here as well.
+    fn import_jumps(&mut self, lin: u64, gpa: u64) {
+        let Some(frame) = self.cache.frames.get(&(gpa >> 12)) else { return };
+        let (page, mode) = (lin & !0xfff, self.cache.mode_key);
+        for &(key, code) in &frame.jumps {
+            if key & 0x1f == mode {
+                self.tlb.enter_jump(page | key >> 5 & 0xfff, code, mode, false);
+            }
+        }
+    }
+
+    /// Enters the generated code of a block where jumps look it up, here and in address spaces to come.
+    pub fn enter_jump(&mut self, lin: u64, block: &mut Block, code: u64) {
+        let mode = self.cache.mode_key;
+        let crosses = block.second_page != NO_PAGE;
+        // Whether the page is global is known from its entry for fetches, which may have been lost.
+        if self.translate_fetch(lin).is_err() {
+            self.stop = None;
+            return;
+        }
+        self.tlb.enter_jump(lin, code, mode, crosses);
+        if crosses {
+            self.tlb.note_jump_page(lin.wrapping_add(0x1000));
+        } else if !std::mem::replace(&mut block.jumped_to, true) {
+            if let Some(frame) = self.cache.frames.get_mut(&(block.gpa >> 12)) {
+                frame.jumps.push((block.key, code));
+            }
+        }
     }
 
     /// Files a decoded block. `cached`: find it again by its key.
@@ -390,15 +437,20 @@ impl Cpu {
             }
         });
         frame.granules = kept;
+        // SAFETY: as above.
+        frame.jumps.retain(|&(key, _)| !dropped.iter().any(|&b| unsafe { (*b).key } == key));
         if frame.blocks.is_empty() {
             self.cache.frames.remove(&gfn);
             self.mem.clear_flags(gfn, P2M_CODE);
         }
         self.stats.blocks_invalidated += dropped.len() as u64;
         for p in dropped {
-            if let Some(accelerator) = &mut self.accelerator {
+            match &mut self.accelerator {
                 // SAFETY: blocks live until the cache is flushed.
-                accelerator.drop_block(unsafe { &mut *p });
+                Some(accelerator) => accelerator.drop_block(unsafe { &mut *p }),
+                // It is told when it ends.
+                None if self.cache.accelerator_runs => self.cache.dropped.push(p),
+                None => {}
             }
             self.cache.drop_block(p);
         }
@@ -453,6 +505,7 @@ pub fn new_block(gpa: u64) -> Block {
         second_page: NO_PAGE,
         key: 0,
         offered: 0,
+        jumped_to: false,
         native: [0; 2],
     }
 }

@@ -63,6 +63,8 @@ pub struct Cpu {
     pub cache: CodeCache,
     /// A faster executor of blocks, if there is one.
     pub accelerator: Option<Box<dyn crate::accelerate::Accelerator>>,
+    /// See [`crate::accelerate::Ran::Exit`].
+    pub accelerated_exit: Option<Exit>,
     /// What a rehearsal overwrites: host address, old bytes.
     pub write_log: Option<Vec<(u64, Vec<u8>)>>,
     /// Accesses of the current instruction that the caller has answered.
@@ -164,6 +166,7 @@ impl Cpu {
             mailbox: Arc::new(Mailbox::default()),
             cache: CodeCache::default(),
             accelerator: None,
+            accelerated_exit: None,
             write_log: None,
             mmio: MmioLog::default(),
             reply: None,

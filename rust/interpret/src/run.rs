@@ -14,7 +14,7 @@ const SLICE: u64 = 20_000;
 const OVERSHOOT: u64 = 8192;
 
 /// How a block ended.
-enum Ended {
+pub(crate) enum Ended {
     /// Its last operation set `rip`.
     Complete,
     /// An exit for the caller.
@@ -115,10 +115,17 @@ impl Cpu {
     #[inline]
     fn run_accelerated(&mut self, block: *mut Block, until: u64, limit: u64) -> Option<Option<Exit>> {
         let mut accelerator = self.accelerator.take()?;
+        self.cache.accelerator_runs = true;
         // SAFETY: the run loop has just found the block for the present state.
         let ran = unsafe { accelerator.run(self, block, until) };
+        self.cache.accelerator_runs = false;
+        for block in self.cache.dropped.drain(..) {
+            // SAFETY: blocks live until the cache is flushed, which only find_block does.
+            accelerator.drop_block(unsafe { &mut *block });
+        }
         self.accelerator = Some(accelerator);
         match ran {
+            Ran::Exit => Some(self.accelerated_exit.take()),
             Ran::Again => Some(None),
             Ran::Single => Some(self.step(limit)),
             Ran::Block => None,
@@ -127,7 +134,7 @@ impl Cpu {
 
     /// Runs one block.
     #[inline(always)]
-    fn run_block(&mut self, b: &Block) -> Ended {
+    pub(crate) fn run_block(&mut self, b: &Block) -> Ended {
         self.r.gpr[reg::BLOCK_RIP] = self.r.rip;
         // Raw pointers, because an operation may replace the handlers of later ones
         // of its own block (stale code).

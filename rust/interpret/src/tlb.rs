@@ -62,11 +62,11 @@ pub const JUMPS: usize = 8192;
 const LOG: usize = 256;
 
 /// The entries of one context of one address space.
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Set {
     /// Data pages by bits 12 to 21 of the linear address.
     pub entries: [Entry; ENTRIES],
-    /// Code by [`jump_slot`].
+    /// Code by [`jump_slot`], or in one of the other [`JUMP_WAYS`] slots of its line.
     pub jumps: [Jump; JUMPS],
     /// Which mode the code in `jumps` is for.
     jump_mode: u64,
@@ -84,6 +84,8 @@ pub fn jump_slot(lin: u64) -> usize {
     (lin as u32).wrapping_mul(JUMP_HASH) as usize >> 19
 }
 
+/// Slots in which the code of a linear address may be: its own and its neighbours in a line.
+pub const JUMP_WAYS: usize = 4;
 /// The multiplier of [`jump_slot`].
 pub const JUMP_HASH: u32 = 0x9e37_79b1;
 
@@ -95,7 +97,7 @@ impl Set {
     }
 
     fn no_jump(slot: usize) -> Jump {
-        Jump { lin: if slot == 0 { u64::MAX } else { 0 }, code: 0 }
+        Jump { lin: if slot < JUMP_WAYS { u64::MAX } else { 0 }, code: 0 }
     }
 
     /// Enters a readable page.
@@ -125,6 +127,24 @@ impl Set {
         self.clear_jumps();
     }
 
+    fn jump_is_global(&self, slot: usize) -> bool {
+        self.jump_global[slot / 64] >> (slot % 64) & 1 != 0
+    }
+
+    fn put_jump(&mut self, slot: usize, jump: Jump, global: bool) {
+        if self.jumps_filled < LOG {
+            self.jump_log[self.jumps_filled] = slot as u16;
+        }
+        self.jumps_filled += 1;
+        self.jumps[slot] = jump;
+        let (word, bit) = (slot / 64, 1 << (slot % 64));
+        if global {
+            self.jump_global[word] |= bit;
+        } else {
+            self.jump_global[word] &= !bit;
+        }
+    }
+
     fn for_mode(&mut self, mode: u64) {
         if self.jump_mode != mode {
             self.clear_jumps();
@@ -140,10 +160,20 @@ impl Set {
             }
         } else {
             self.jumps.fill(Jump::default());
-            self.jumps[0] = Self::no_jump(0);
+            self.jumps[..JUMP_WAYS].fill(Self::no_jump(0));
         }
         self.jumps_filled = 0;
         self.jump_global.fill(0);
+    }
+
+    /// Forgets code that begins in a page, or crosses into it.
+    fn forget_jumps_of(&mut self, page: u64) {
+        for (slot, jump) in self.jumps.iter_mut().enumerate() {
+            if jump.lin >> 12 == page >> 12 || jump.lin.wrapping_add(MAX_INSTRUCTION - 1) >> 12 == page >> 12
+            {
+                *jump = Self::no_jump(slot);
+            }
+        }
     }
 
     /// Forgets what is not in global pages.
@@ -206,8 +236,14 @@ pub struct ExecEntry {
     pub global: bool,
 }
 
-/// Entries for instruction fetch.
-pub const EXEC_ENTRIES: usize = 256;
+/// Entries for instruction fetch: so many pages, for so many address spaces (by their asid), and
+/// for the upper half of all.
+const EXEC_PAGES: usize = 256;
+const EXEC_SPACES: usize = 4;
+const EXEC_ENTRIES: usize = EXEC_PAGES * (EXEC_SPACES + 1);
+
+/// Bytes of the longest instruction.
+const MAX_INSTRUCTION: u64 = 15;
 
 /// Address spaces whose entries are kept.
 const SPACES: usize = 8;
@@ -237,8 +273,10 @@ pub struct Tlb {
     /// Large pages that have entries: a bloom filter over linear address >> 21.
     large: Box<[u64; 64]>,
     any_large: bool,
-    /// Pages that have jumps: a bloom filter over linear address >> 12.
-    jump_pages: Box<[u64; 64]>,
+    /// Pages of the lower half were global: other address spaces may have them.
+    low_global: bool,
+    /// Pages that have jumps: a bloom filter of two bits each over linear address >> 12.
+    jump_pages: Box<[u64; 1024]>,
     /// Generation of the p2m that the entries were made from.
     pub generation: u64,
     /// Generation of the dirty log in which write entries were made.
@@ -262,7 +300,7 @@ impl Default for Tlb {
         };
         for set in spaces.iter_mut().flatten() {
             set.entries[0] = Set::nothing(0);
-            set.jumps[0] = Set::no_jump(0);
+            set.jumps[..JUMP_WAYS].fill(Set::no_jump(0));
         }
         let mut owner = [0; SPACES];
         owner[0] = 1;
@@ -280,7 +318,8 @@ impl Default for Tlb {
             pcid_asid: Box::new([0; 4096]),
             large: Box::new([0; 64]),
             any_large: false,
-            jump_pages: Box::new([0; 64]),
+            low_global: false,
+            jump_pages: Box::new([0; 1024]),
             generation: 0,
             dirty_generation: 0,
         };
@@ -293,6 +332,12 @@ impl Default for Tlb {
 fn bloom(number: u64) -> (usize, u64) {
     let h = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
     ((h >> 6) as usize & 63, 1 << (h & 63))
+}
+
+/// The two places of a number in a bloom filter of 65536 bits.
+fn bloom_pair(number: u64) -> [(usize, u64); 2] {
+    let h = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    [h >> 48, h >> 32].map(|h| ((h >> 6) as usize & 1023, 1 << (h & 63)))
 }
 
 impl Tlb {
@@ -417,6 +462,7 @@ impl Tlb {
     pub fn forget_all(&mut self, pcid: u64) {
         self.owner.fill(0);
         self.pcid_asid.fill(0);
+        self.exec.fill(ExecEntry::default());
         let fresh = self.fresh_asid();
         self.pcid_asid[pcid as usize & 0xfff] = fresh as u16;
         self.take_space(fresh, None);
@@ -425,41 +471,54 @@ impl Tlb {
     /// Enters a page that is readable in the current context, and writable if `write`.
     #[inline]
     pub fn enter(&mut self, page: u64, host: u64, write: bool, global: bool) {
+        self.low_global |= global && page >> 63 == 0;
         // SAFETY: `current` points at a live Set of this object.
         unsafe { (*self.current).enter(page, host, write, global) };
     }
 
+    /// Where in [`Tlb::exec`] a page of the present address space belongs.
+    #[inline(always)]
+    pub fn exec_slot(&self, lin: u64) -> usize {
+        let space = if lin >> 63 == 0 { self.asid as usize % EXEC_SPACES } else { EXEC_SPACES };
+        (lin >> 12) as usize % EXEC_PAGES + space * EXEC_PAGES
+    }
+
     /// Notes that code of this page may be found by [`Set::jumps`].
     pub fn note_jump_page(&mut self, lin: u64) {
-        let (word, bit) = bloom(lin >> 12);
-        self.jump_pages[word] |= bit;
+        for (word, bit) in bloom_pair(lin >> 12) {
+            self.jump_pages[word] |= bit;
+        }
     }
 
     /// Enters the generated code of an instruction in the current context. Only code
     /// of one mode is ever there. `crosses`: the instruction goes on in the next page.
     pub fn enter_jump(&mut self, lin: u64, code: u64, mode: u64, crosses: bool) {
         self.note_jump_page(lin);
-        let e = &self.exec[(lin >> 12) as usize & (EXEC_ENTRIES - 1)];
+        let e = &self.exec[self.exec_slot(lin)];
         let global =
-            !crosses && e.global && e.tag == lin & !0xfff | self.asid && e.context == self.context as u64;
+            !crosses && e.global && e.tag & !0xfff == lin & !0xfff && e.context == self.context as u64;
         // SAFETY: as in enter().
         let set = unsafe { &mut *self.current };
         set.for_mode(mode);
-        let slot = jump_slot(lin);
-        if set.jumps[slot].lin == lin && set.jumps[slot].code == code {
-            return;
-        }
-        if set.jumps_filled < LOG {
-            set.jump_log[set.jumps_filled] = slot as u16;
-        }
-        set.jumps_filled += 1;
-        set.jumps[slot] = Jump { lin, code };
-        let (word, bit) = (slot / 64, 1 << (slot % 64));
-        if global {
-            set.jump_global[word] |= bit;
-        } else {
-            set.jump_global[word] &= !bit;
-        }
+        let own = jump_slot(lin);
+        let ways = || (0..JUMP_WAYS).map(|way| own ^ way);
+        let slot = match ways().find(|&slot| set.jumps[slot].lin == lin) {
+            Some(slot) if set.jumps[slot].code == code => return,
+            Some(slot) => slot,
+            None => match ways().find(|&slot| set.jumps[slot].code == 0) {
+                Some(slot) => slot,
+                None => {
+                    // The oldest goes, the others are looked at later.
+                    for way in (1..JUMP_WAYS).rev() {
+                        let (jump, bit) = (set.jumps[own ^ (way - 1)], set.jump_is_global(own ^ (way - 1)));
+                        set.put_jump(own ^ way, jump, bit);
+                    }
+                    own
+                }
+            },
+        };
+        set.put_jump(slot, Jump { lin, code }, global);
+        self.low_global |= global && lin >> 63 == 0;
     }
 
     /// Forgets all generated code.
@@ -483,15 +542,21 @@ impl Tlb {
         self.any_large && self.large[word] & bit != 0
     }
 
-    /// Forgets one page in every context and address space.
+    /// Forgets one page in every context of the present address space, and in all if it is global.
     pub fn forget_page(&mut self, lin: u64) {
-        for set in self.spaces.iter_mut().flatten() {
+        // Translations of other address spaces stay, but for those of global pages (SDM 3A 4.10.4.1).
+        let all = lin >> 63 != 0 || self.low_global;
+        let spaces = if all { &mut self.spaces[..] } else { &mut self.spaces[self.space..=self.space] };
+        for set in spaces.iter_mut().flatten() {
             set.forget(lin & !0xfff);
         }
-        self.exec[(lin >> 12) as usize & (EXEC_ENTRIES - 1)] = ExecEntry::default();
-        let (word, bit) = bloom(lin >> 12);
-        if self.jump_pages[word] & bit != 0 {
-            self.forget_jumps();
+        for space in 0..=EXEC_SPACES {
+            self.exec[(lin >> 12) as usize % EXEC_PAGES + space * EXEC_PAGES] = ExecEntry::default();
+        }
+        if bloom_pair(lin >> 12).iter().all(|&(word, bit)| self.jump_pages[word] & bit != 0) {
+            for set in spaces.iter_mut().flatten().filter(|set| set.jumps_filled != 0) {
+                set.forget_jumps_of(lin & !0xfff);
+            }
         }
     }
 

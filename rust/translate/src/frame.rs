@@ -6,6 +6,7 @@
 
 use crate::assembler::{at, host, Assembler, Mem};
 use nonroot_interpret::cpu::Cpu;
+use nonroot_interpret::tlb;
 use nonroot_native::VectorState;
 use std::mem::offset_of;
 
@@ -52,6 +53,8 @@ pub mod exit {
     pub const LOOKUP: u32 = 4;
     /// As SINGLE; a lookup for several instructions failed, in the block [`super::Frame::link`].
     pub const WIDE: u32 = 5;
+    /// An interpreted instruction ended with an exit; the vCPU has all state.
+    pub const EXIT: u32 = 6;
 }
 
 /// The context of generated code.
@@ -110,9 +113,18 @@ pub struct Frame {
     pub gs_closed: u64,
     /// See above.
     pub gs_open: u64,
+    /// The interpreted block to run.
+    pub callee: u64,
+    /// Retired instructions at which to end.
+    pub until: u64,
+    /// Instructions that ran here so far, but for those since the budget was last set.
+    pub ran: u64,
+    /// Interpreted blocks that were called.
+    pub called: u64,
     /// Host MXCSR.
     pub mxcsr: u32,
-    unused2: u32,
+    /// What the budget was set to.
+    pub granted: i32,
     /// Caller-saved registers around a call of Rust.
     pub saved: [u64; 8],
 }
@@ -157,6 +169,10 @@ pub struct Routines {
     pub refill: usize,
     /// Gives the guest its vector registers.
     pub load_vectors: usize,
+    /// Goes to the code of the instruction pointer in RAX, if it is known; flags are saved.
+    pub jump: usize,
+    /// Has [`Frame::callee`] interpreted, which is at [`Frame::offset`], and goes on; flags are saved.
+    pub callout: usize,
 }
 
 /// Moves flags from the host's into [`Frame::flags`]; spoils RAX.
@@ -195,21 +211,10 @@ fn mxcsr(a: &mut Assembler, load: bool, m: Mem) {
 
 /// What the routines call.
 pub type Refill = unsafe extern "sysv64" fn(*const Frame, u64, u32) -> u32;
+/// Runs [`Frame::callee`]: 0 to leave.
+pub type Callout = unsafe extern "sysv64" fn(*mut Frame) -> u32;
 
-/// Emits the common routines.
-pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
-    let mut r = Routines { enter: a.origin + a.here(), ..Routines::default() };
-    for reg in CALLEE_SAVED {
-        if reg >= 8 {
-            a.bytes(&[0x41]);
-        }
-        a.bytes(&[0x50 | reg & 7]);
-    }
-    a.store(true, at(host::RDI, offset_of!(Frame, host_rsp) as i32), host::RSP);
-    a.mov(host::RSP, host::RDI);
-    mxcsr(a, false, field!(mxcsr));
-    a.load(true, host::RAX, field!(gs));
-    a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+fn registers_from_frame(a: &mut Assembler) {
     a.load(true, host::RAX, field!(gpr));
     for guest in 0..16u8 {
         let from = at(host::RAX, 8 * i32::from(guest));
@@ -221,18 +226,10 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
             }
         }
     }
-    a.mem(false, &[0xff], 4, field!(code)); // jmp [code]
+}
 
-    r.lookup_failed = a.origin + a.here();
-    a.store(true, field!(rip), host::RAX);
-    a.store_imm(field!(kind), exit::LOOKUP as i32);
-    a.store_imm(field!(adjust), 0);
-    let leave_now = a.jmp();
-    r.leave_live = a.origin + a.here();
-    save_flags(a);
-    let here = a.here();
-    a.fill(leave_now, here);
-    r.leave = a.origin + here;
+/// Stores the guest's registers, the vector registers too if they are loaded.
+fn registers_to_frame(a: &mut Assembler, avx: bool) {
     a.load(true, host::RAX, field!(gpr));
     for guest in 0..16u8 {
         let to = at(host::RAX, 8 * i32::from(guest));
@@ -253,6 +250,59 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
     a.bytes(&[0]);
     let here = a.here();
     a.fill(none, here);
+}
+
+/// R15: offset of the slot of the instruction pointer in RAX.
+pub fn jump_hash(a: &mut Assembler) {
+    a.reg(false, &[0x69], host::R15, host::RAX); // imul r15d, eax, imm32
+    a.bytes(&tlb::JUMP_HASH.to_le_bytes());
+    a.bytes(&[0x41, 0xc1, 0xef, 15]); // shr r15d, 15
+    a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 1, 0]); // and r15d, 0x1fff0
+}
+
+/// Compares the instruction pointer in RAX with that of the slot at R15.
+pub fn jump_compare(a: &mut Assembler) {
+    let lin = offset_of!(tlb::Set, jumps) + offset_of!(tlb::Jump, lin);
+    a.gs_mem(true, &[0x3b], host::RAX, at(host::R15, lin as i32));
+}
+
+/// Goes to the code of the slot at R15, which is that of the instruction pointer in RAX.
+pub fn jump_take(a: &mut Assembler) {
+    a.bytes(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]); // and rax, -4096
+    a.store(true, field!(code_page), host::RAX);
+    let code = offset_of!(tlb::Set, jumps) + offset_of!(tlb::Jump, code);
+    a.gs_mem(false, &[0xff], 4, at(host::R15, code as i32)); // jmp
+}
+
+/// Emits the common routines.
+pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) -> Routines {
+    let mut r = Routines { enter: a.origin + a.here(), ..Routines::default() };
+    for reg in CALLEE_SAVED {
+        if reg >= 8 {
+            a.bytes(&[0x41]);
+        }
+        a.bytes(&[0x50 | reg & 7]);
+    }
+    a.store(true, at(host::RDI, offset_of!(Frame, host_rsp) as i32), host::RSP);
+    a.mov(host::RSP, host::RDI);
+    mxcsr(a, false, field!(mxcsr));
+    a.load(true, host::RAX, field!(gs));
+    a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+    registers_from_frame(a);
+    a.mem(false, &[0xff], 4, field!(code)); // jmp [code]
+
+    r.lookup_failed = a.origin + a.here();
+    a.store(true, field!(rip), host::RAX);
+    a.store_imm(field!(kind), exit::LOOKUP as i32);
+    a.store_imm(field!(adjust), 0);
+    let leave_now = a.jmp();
+    r.leave_live = a.origin + a.here();
+    save_flags(a);
+    let here = a.here();
+    a.fill(leave_now, here);
+    r.leave = a.origin + here;
+    registers_to_frame(a, avx);
+    let stored = a.here();
     a.load(true, host::RSP, field!(host_rsp));
     for reg in CALLEE_SAVED.iter().rev() {
         if *reg >= 8 {
@@ -261,6 +311,36 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill) -> Routines {
         a.bytes(&[0x58 | reg & 7]);
     }
     a.bytes(&[0xc3]);
+
+    r.callout = a.origin + a.here();
+    registers_to_frame(a, avx);
+    a.mov(host::RDI, host::RSP);
+    a.bytes(&[0x48, 0xb8]); // mov rax, imm64
+    a.bytes(&(callout as usize as u64).to_le_bytes());
+    a.bytes(&[0xff, 0xd0]); // call rax
+    a.reg(false, &[0x85], host::RAX, host::RAX);
+    let none = a.jcc(4);
+    a.fill(none, stored);
+    a.load(true, host::RAX, field!(gs));
+    a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+    registers_from_frame(a);
+    a.load(true, host::RAX, field!(rip));
+    r.jump = a.origin + a.here();
+    a.mem_imm(7, field!(budget), 0);
+    a.jcc_to(12, r.lookup_failed);
+    jump_hash(a);
+    for way in 0..tlb::JUMP_WAYS {
+        if way > 0 {
+            // From way - 1 to way.
+            a.bytes(&[0x41, 0x83, 0xf7, (16 * (way ^ (way - 1))) as u8]); // xor r15d, imm8
+        }
+        jump_compare(a);
+        let next = a.jcc(5);
+        jump_take(a);
+        let here = a.here();
+        a.fill(next, here);
+    }
+    a.jmp_to(r.lookup_failed);
 
     r.refill = a.origin + a.here();
     let saved = |n: usize| below(at(host::RSP, (offset_of!(Frame, saved) + 8 * n) as i32));

@@ -15,6 +15,8 @@ nonroot_interpret::optimisations! {
         vectors = "vectors";
         /// CLI, STI, CLD, PUSHF, SWAPGS, STAC and CLAC run without leaving translated code.
         interrupt_flag = "interrupt-flag";
+        /// Instructions that are not translated are interpreted without leaving translated code.
+        callouts = "callouts";
         /// Instructions that lie in two pages are translated.
         page_crossing = "page-crossing";
     }

@@ -39,6 +39,7 @@ struct Statistics {
     native_instructions: u64,
     flushes: u64,
     narrowed_blocks: u64,
+    called_blocks: u64,
 }
 
 /// The translator of one vCPU.
@@ -102,6 +103,85 @@ unsafe extern "sysv64" fn refill(frame: *const Frame, lin: u64, what: u32) -> u3
     u32::from(!cpu.enter_page(lin, (what & 0xffff) as usize, what >> 31 != 0))
 }
 
+/// Has a block interpreted for translated code; 0 to leave.
+///
+/// # Safety
+/// Called by generated code with its frame, to whose vCPU nothing else refers; the callee is a live block.
+unsafe extern "sysv64" fn callout(frame: *mut Frame) -> u32 {
+    // SAFETY: by the contract; `enter` uses no reference to frame or vCPU while generated code runs.
+    let (f, cpu) = unsafe { (&mut *frame, &mut *(*frame).cpu) };
+    f.kind = exit::NEXT;
+    take_state(f, cpu);
+    f.called += 1;
+    // SAFETY: the code that calls goes with its block, which is that of the present instruction pointer.
+    let goes_on = unsafe { cpu.interpret_for_accelerator(f.callee as *const Block, f.until) };
+    f.kind = if cpu.accelerated_exit.is_some() { exit::EXIT } else { exit::LOOKUP };
+    f.rip = cpu.r.rip;
+    f.adjust = 0;
+    give_state(f, cpu);
+    u32::from(goes_on && cpu.retired < f.until)
+}
+
+/// What generated code needs of a vCPU's state, but for the registers.
+fn give_state(f: &mut Frame, cpu: &mut Cpu) {
+    let status = cpu.r.flags.to_rflags();
+    let segment = |n: usize| {
+        let s = &cpu.r.seg[n];
+        let flat = ar::S | ar::RW | ar::P;
+        let mask = ar::S | ar::CODE | ar::RW | ar::DC | ar::P | ar::UNUSABLE;
+        s.limit == u32::MAX && s.ar & mask == flat
+    };
+    f.segments = u8::from(segment(seg::FS)) | u8::from(segment(seg::GS)) << 1;
+    let sse = cpu.r.cr0 & (cr0::EM | cr0::TS) == 0
+        && cpu.r.cr4 & cr4::OSFXSR != 0
+        && cpu.fpu.mxcsr & 0x1f80 == 0x1f80;
+    let avx = sse && cpu.r.cr4 & cr4::OSXSAVE != 0 && cpu.r.xcr0 & 6 == 6;
+    f.flags = (status as u16 & 0xff) << 8 | 2 << 8 | (status >> 11) as u16 & 1;
+    f.vectors = 0;
+    f.vectors_allowed = u8::from(sse) | u8::from(avx) << 1;
+    f.granted = f.until.saturating_sub(cpu.retired).clamp(1, 1 << 30) as i32;
+    f.budget = f.granted;
+    f.code_page = cpu.r.rip & !0xfff;
+    f.rflags = cpu.r.rflags as u32;
+    f.pending = u8::from(cpu.interrupt_waiting());
+    f.kernel_gs = cpu.msr.kernel_gs_base;
+    let (context, mode) = (cpu.tlb.context, cpu.cache.mode_key);
+    f.gs = cpu.tlb.set(context, mode) as u64;
+    if context == context::SUPERVISOR || context == context::SUPERVISOR_AC {
+        f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
+        let smap = cpu.r.cr4 & cr4::SMAP != 0;
+        f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
+    }
+    f.cpl = cpu.cpl;
+    f.base = [cpu.r.seg[seg::FS].base, cpu.r.seg[seg::GS].base];
+}
+
+/// Gives a vCPU its state back from generated code, but for the registers.
+fn take_state(f: &mut Frame, cpu: &mut Cpu) {
+    let status = f.flags;
+    cpu.r.flags = Flags::from_rflags(u64::from(status >> 8) | u64::from(status & 1) << 11);
+    let kept = rflags::IF | rflags::DF | rflags::AC;
+    let changed = (cpu.r.rflags ^ u64::from(f.rflags)) & kept;
+    cpu.r.rflags ^= changed;
+    cpu.r.seg[seg::GS].base = f.base[1];
+    cpu.msr.kernel_gs_base = f.kernel_gs;
+    if changed & rflags::AC != 0 {
+        cpu.tlb_context_changed();
+    }
+    let ran = (i64::from(f.granted) - i64::from(f.budget) + i64::from(f.adjust)).max(0) as u64;
+    f.granted = f.budget;
+    f.ran += ran;
+    cpu.retired += ran;
+    if ran > 0 {
+        cpu.shadow = 0;
+    }
+    cpu.r.rip =
+        if matches!(f.kind, exit::LOOKUP | exit::EXIT) { f.rip } else { f.code_page + u64::from(f.offset) };
+    if cpu.mode != Mode::Long64 {
+        cpu.r.rip &= 0xffff_ffff;
+    }
+}
+
 // SAFETY: the block pointers belong to the vCPU that owns this object; they go where it goes.
 unsafe impl Send for Translator {}
 
@@ -112,7 +192,7 @@ impl Translator {
         let avx = std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("avx2");
         let mut arena = Arena::new(CAPACITY)?;
         let mut a = Assembler::new(64);
-        let routines = frame::routines(&mut a, avx, refill);
+        let routines = frame::routines(&mut a, avx, refill, callout);
         arena.push(&[0xcc; 64]);
         arena.push(&a.code);
         let floor = arena.position();
@@ -147,6 +227,7 @@ impl Translator {
         self.lockstep = true;
         self.hot = 1;
         self.switches.chain = false;
+        self.switches.callouts = false;
         self.switches.jump_lookup = false;
     }
 
@@ -192,15 +273,19 @@ impl Translator {
         }
         let info = self.info.get_mut();
         let start = start as u16;
-        let Some(guests) = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info) else {
-            self.statistics.untranslatable_blocks += 1;
-            return;
-        };
+        let plan = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info);
         let origin = self.arena.position();
-        let emitter = self.emitter(&guests, start, cpu.mode, origin, groups);
-        let Ok(translated) = emitter.run() else {
+        let translated =
+            plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu.mode, origin, groups).run().ok());
+        if translated.is_none() {
             self.statistics.untranslatable_blocks += 1;
-            return;
+        }
+        let translated = match translated {
+            Some(translated) => translated,
+            None if self.switches.callouts && !crosses => {
+                self.emitter(&[], start, cpu.mode, origin, groups).callout(b as *const Block as u64)
+            }
+            None => return,
         };
         self.arena.push(&translated.code);
         self.links.extend(translated.links);
@@ -276,43 +361,15 @@ impl Translator {
     /// Runs translated code until it ends.
     fn enter(&mut self, cpu: &mut Cpu, code: u64, until: u64) -> Ran {
         let frame = self.stack.frame();
-        let budget = until.saturating_sub(cpu.retired).clamp(1, 1 << 30) as i32;
-        let status = cpu.r.flags.to_rflags();
-        let segment = |n: usize| {
-            let s = &cpu.r.seg[n];
-            let flat = ar::S | ar::RW | ar::P;
-            let mask = ar::S | ar::CODE | ar::RW | ar::DC | ar::P | ar::UNUSABLE;
-            s.limit == u32::MAX && s.ar & mask == flat
-        };
-        let segments = u8::from(segment(seg::FS)) | u8::from(segment(seg::GS)) << 1;
-        let sse = cpu.r.cr0 & (cr0::EM | cr0::TS) == 0
-            && cpu.r.cr4 & cr4::OSFXSR != 0
-            && cpu.fpu.mxcsr & 0x1f80 == 0x1f80;
-        let avx = sse && cpu.r.cr4 & cr4::OSXSAVE != 0 && cpu.r.xcr0 & 6 == 6;
         // SAFETY: the frame is ours, zero or as left by the last run; generated code is not running.
         let f: &mut Frame = unsafe { &mut *frame };
-        f.flags = (status as u16 & 0xff) << 8 | 2 << 8 | (status >> 11) as u16 & 1;
-        f.vectors = 0;
-        f.vectors_allowed = u8::from(sse) | u8::from(avx) << 1;
-        f.budget = budget;
-        f.code_page = cpu.r.rip & !0xfff;
-        f.rflags = cpu.r.rflags as u32;
-        f.pending = u8::from(cpu.interrupt_waiting());
-        f.kernel_gs = cpu.msr.kernel_gs_base;
-        let context = cpu.tlb.context;
-        if context == context::SUPERVISOR || context == context::SUPERVISOR_AC {
-            let mode = cpu.cache.mode_key;
-            f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
-            let smap = cpu.r.cr4 & cr4::SMAP != 0;
-            f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
-        }
-        f.cpl = cpu.cpl;
-        f.segments = segments;
-        f.base = [cpu.r.seg[seg::FS].base, cpu.r.seg[seg::GS].base];
+        f.until = until;
+        f.ran = 0;
+        f.called = 0;
+        give_state(f, cpu);
         f.gpr = cpu.r.gpr.as_mut_ptr();
         f.fpu = &mut cpu.fpu;
         f.cpu = cpu;
-        f.gs = cpu.tlb.current as u64;
         f.code = code;
         // SAFETY: the address is that of the routine, which has this signature.
         let run: unsafe extern "sysv64" fn(*mut Frame) =
@@ -324,29 +381,13 @@ impl Translator {
         unsafe { run(frame) };
         // SAFETY: as above.
         let f: &mut Frame = unsafe { &mut *frame };
-        let status = f.flags;
-        cpu.r.flags = Flags::from_rflags(u64::from(status >> 8) | u64::from(status & 1) << 11);
-        let kept = rflags::IF | rflags::DF | rflags::AC;
-        let changed = (cpu.r.rflags ^ u64::from(f.rflags)) & kept;
-        cpu.r.rflags ^= changed;
-        cpu.r.seg[seg::GS].base = f.base[1];
-        cpu.msr.kernel_gs_base = f.kernel_gs;
-        if changed & rflags::AC != 0 {
-            cpu.tlb_context_changed();
-        }
-        let ran = (i64::from(budget) - i64::from(f.budget) + i64::from(f.adjust)).max(0) as u64;
-        cpu.retired += ran;
-        if ran > 0 {
-            cpu.shadow = 0;
-        }
-        self.statistics.native_instructions += ran;
+        take_state(f, cpu);
+        self.statistics.native_instructions += f.ran;
+        self.statistics.called_blocks += f.called;
         self.statistics.exits[f.kind as usize & 7] += 1;
-        cpu.r.rip = if f.kind == exit::LOOKUP { f.rip } else { f.code_page + u64::from(f.offset) };
-        if cpu.mode != Mode::Long64 {
-            cpu.r.rip &= 0xffff_ffff;
-        }
         match f.kind {
             exit::SINGLE => Ran::Single,
+            exit::EXIT => Ran::Exit,
             exit::WIDE => {
                 self.failed_wide(cpu, f.link);
                 Ran::Single
@@ -400,11 +441,7 @@ impl Accelerator for Translator {
             }
         }
         let code = self.arena.address(b.native[1] as usize);
-        let lin = cpu.r.rip;
-        cpu.tlb.enter_jump(lin, code, cpu.cache.mode_key, b.second_page != NO_PAGE);
-        if b.second_page != NO_PAGE {
-            cpu.tlb.note_jump_page(lin.wrapping_add(0x1000));
-        }
+        cpu.enter_jump(cpu.r.rip, b, code);
         self.statistics.entries += 1;
         if self.lockstep {
             return self.enter_compared(cpu, block, code);
@@ -445,6 +482,7 @@ impl Accelerator for Translator {
             ("native_exits_lookup", s.exits[exit::LOOKUP as usize]),
             ("chained_jumps", s.chained),
             ("narrowed_blocks", s.narrowed_blocks),
+            ("called_blocks", s.called_blocks),
             ("code_flushes", s.flushes),
             ("code_bytes", self.arena.used() as u64),
         ]

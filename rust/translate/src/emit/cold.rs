@@ -141,13 +141,13 @@ impl Emitter<'_> {
                     self.a.bytes(&[0x49, 0xc1, 0xe7, 16]); // shl r15, 16
                     self.a.bytes(&[0x49, 0xc1, 0xff, 16]); // sar r15, 16
                     self.a.reg(true, &[0x39], R15, RAX);
-                    self.a.jcc_to(4, self.routines.lookup_failed);
+                    self.a.jcc_to(4, self.routines.jump);
                     if undo != 0 {
                         self.move_stack(undo);
                     }
                     self.leave_with(exit);
                 } else {
-                    self.a.jmp_to(self.routines.lookup_failed);
+                    self.a.jmp_to(self.routines.jump);
                 }
             }
         }

@@ -6,8 +6,6 @@ use super::{Emitted, Emitter, R15, RAX};
 use crate::analysis::{self, Guest, Kind};
 use crate::assembler::{at, Hole};
 use crate::frame::{self, exit, field, HOST_OF};
-use nonroot_interpret::tlb;
-use std::mem::offset_of;
 
 impl Emitter<'_> {
     /// The end of the block at an edge: everything counted, nothing in a recipe.
@@ -97,7 +95,7 @@ impl Emitter<'_> {
 
     /// Goes on at the instruction pointer in RAX; flags are saved.
     pub(super) fn jump_to_rax(&mut self) {
-        let failed = self.routines.lookup_failed;
+        let failed = self.routines.jump;
         for hole in self.jump_lookup() {
             self.a.fill_outside(hole, failed);
         }
@@ -110,22 +108,11 @@ impl Emitter<'_> {
         }
         self.a.mem_imm(7, field!(budget), 0);
         let used_up = self.a.jcc(12);
-        self.hash();
-        let slot = offset_of!(tlb::Set, jumps) as i32;
-        self.a.gs_mem(true, &[0x3b], RAX, at(R15, slot + offset_of!(tlb::Jump, lin) as i32));
+        frame::jump_hash(&mut self.a);
+        frame::jump_compare(&mut self.a);
         let unknown = self.a.jcc(5);
-        self.a.bytes(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]); // and rax, -4096
-        self.a.store(true, field!(code_page), RAX);
-        self.a.gs_mem(false, &[0xff], 4, at(R15, slot + offset_of!(tlb::Jump, code) as i32)); // jmp
+        frame::jump_take(&mut self.a);
         vec![used_up, unknown]
-    }
-
-    /// R15: offset of the slot of the instruction pointer in RAX.
-    pub(super) fn hash(&mut self) {
-        self.a.reg(false, &[0x69], R15, RAX); // imul r15d, eax, imm32
-        self.a.bytes(&tlb::JUMP_HASH.to_le_bytes());
-        self.a.bytes(&[0x41, 0xc1, 0xef, 15]); // shr r15d, 15
-        self.a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 1, 0]); // and r15d, 0x1fff0
     }
 
     pub(super) fn branch(&mut self, g: &Guest) -> Emitted {

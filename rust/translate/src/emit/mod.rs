@@ -15,7 +15,7 @@ mod memory;
 
 use crate::analysis::{self, Abilities, Guest};
 use crate::assembler::{host, Assembler};
-use crate::frame::{self, exit, Routines};
+use crate::frame::{self, exit, field, Routines};
 use cold::Cold;
 use flags::{Event, Flags};
 use iced_x86::{Encoder, InstructionInfoFactory, Register};
@@ -130,6 +130,8 @@ impl<'a> Emitter<'a> {
         switches: Switches,
     ) -> Self {
         let Place { start, origin, first_link, block } = place;
+        let jump = if switches.lookup { routines.jump } else { routines.lookup_failed };
+        let routines = Routines { jump, ..routines };
         Emitter {
             a: Assembler::new(origin),
             routines,
@@ -158,6 +160,21 @@ impl<'a> Emitter<'a> {
         self.flags = if live { Flags::Live(None) } else { Flags::Saved };
         self.across(i32::from(target));
         self.a.code
+    }
+
+    /// Code that has the block at `callee` interpreted.
+    pub fn callout(mut self, callee: u64) -> Translated {
+        self.entry[0] = Some(self.a.here());
+        frame::save_flags(&mut self.a);
+        self.entry[1] = Some(self.a.here());
+        self.flags = Flags::Saved;
+        self.a.store_imm(field!(offset), i32::from(self.start));
+        self.a.store_imm(field!(adjust), 0);
+        self.a.bytes(&[0x48, 0xb8]); // mov rax, imm64
+        self.a.bytes(&callee.to_le_bytes());
+        self.a.store(true, field!(callee), RAX);
+        self.a.jmp_to(self.routines.callout);
+        self.finish()
     }
 
     /// Translates.
@@ -191,7 +208,7 @@ impl<'a> Emitter<'a> {
             self.at = guests.len();
             self.edge(last.next_ip() as i32)?;
         }
-        self.finish()
+        Ok(self.finish())
     }
 
     fn long(&self) -> bool {
@@ -208,7 +225,7 @@ impl<'a> Emitter<'a> {
 
     // ---- flags and counting ----------------------------------------------------------
 
-    fn finish(mut self) -> Emitted<Translated> {
+    fn finish(mut self) -> Translated {
         while !self.cold.is_empty() {
             for cold in std::mem::take(&mut self.cold) {
                 self.cold(cold);
@@ -228,7 +245,7 @@ impl<'a> Emitter<'a> {
             refuse[n] = self.a.here();
             self.boundary(exit::NEXT, self.start, live);
         }
-        Ok(Translated { code: self.a.code, entry: [live, saved], refuse, links: self.links })
+        Translated { code: self.a.code, entry: [live, saved], refuse, links: self.links }
     }
 }
 
