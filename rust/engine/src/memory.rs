@@ -116,6 +116,14 @@ impl Memory {
         py.detach(|| self.inner.read_file(fd, offset, &parts)).map_err(error)
     }
 
+    fn touch(&self, gfn: u64) {
+        self.inner.touch(gfn);
+    }
+
+    fn compare_exchange(&self, backing: usize, offset: u64, expected: u32, new: u32) -> PyResult<u32> {
+        self.inner.compare_exchange(backing, offset, expected, new).map_err(error)
+    }
+
     fn take_dirty(&self) -> Vec<u64> {
         self.inner.take_dirty()
     }

@@ -10,7 +10,7 @@ use crate::memory::Memory;
 use crate::options::{self, Leaf};
 use crate::{cpu_state, exits::NAMES};
 use nonroot_interpret::config::monotonic_ns;
-use nonroot_interpret::state::Clock;
+use nonroot_interpret::state::{ar, cr0, efer, rflags, seg, Clock};
 use nonroot_interpret::Handle;
 use nonroot_lapic::Addressing;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -281,6 +281,27 @@ impl Vcpu {
             out.set_item(name, count)?;
         }
         Ok(out)
+    }
+
+    /// What a hypercall is made with: 64-bit code or not, the privilege level, the general registers.
+    fn hypercall_arguments(&self) -> PyResult<(bool, u8, Vec<u64>)> {
+        let inner = self.inner()?;
+        let r = &inner.vcpu.cpu.r;
+        let long = r.efer & efer::LMA != 0 && r.seg[seg::CS].ar & ar::L != 0;
+        let level = match (r.cr0 & cr0::PE != 0, r.rflags & rflags::VM != 0) {
+            (false, _) => 0,
+            (true, true) => 3,
+            (true, false) => inner.vcpu.cpu.cpl,
+        };
+        Ok((long, level, r.gpr[..16].to_vec()))
+    }
+
+    fn set_register(&self, index: usize, value: u64) -> PyResult<()> {
+        if index >= 16 {
+            return Err(PyValueError::new_err(format!("there is no general register {index}")));
+        }
+        self.inner()?.vcpu.cpu.r.gpr[index] = value;
+        Ok(())
     }
 
     fn translate(&self, linear: u64) -> PyResult<Option<u64>> {

@@ -5,7 +5,7 @@
 //! not RAM: an access to them is an MMIO exit.
 
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::Mutex;
 
 /// Bytes in a guest frame.
@@ -401,6 +401,35 @@ impl Memory {
             done += n;
         }
         Ok(())
+    }
+
+    /// A frame has been written through another mapping of its backing: its decoded code is dropped and
+    /// it counts as dirty.
+    pub fn touch(&self, gfn: u64) {
+        if self.entry(gfn) & P2M_PRESENT != 0 && self.set_flags(gfn, P2M_DIRTY) & P2M_CODE != 0 {
+            self.post_stale_code(gfn);
+        }
+    }
+
+    /// Puts `new` into an aligned 32-bit word of a backing if it is `expected`, in one step for
+    /// everybody who shares the memory. Returns what was there.
+    pub fn compare_exchange(
+        &self,
+        backing: usize,
+        offset: u64,
+        expected: u32,
+        new: u32,
+    ) -> Result<u32, MemoryError> {
+        let backings = self.backings.lock().unwrap();
+        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+        if offset % 4 != 0 || offset >= b.size {
+            return Err(MemoryError::BadBacking);
+        }
+        // SAFETY: an aligned word inside a mapping that lives as long as self (sizes are multiples of
+        // 4096); it is memory shared with the guest, to which there are no references.
+        let word = unsafe { AtomicU32::from_ptr(b.base.add(offset as usize).cast()) };
+        let result = word.compare_exchange(expected, new, Ordering::SeqCst, Ordering::SeqCst);
+        Ok(result.unwrap_or_else(|found| found))
     }
 
     fn post_stale_code(&self, gfn: u64) {
