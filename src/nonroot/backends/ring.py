@@ -1,0 +1,175 @@
+"""Xen's shared rings: requests one way, responses the other, in pages that both ends write.
+
+The other end may write anything at any time. Every entry is copied out of the ring before it is looked at; indices
+are read once each and checked; an end whose indices cannot be right raises :class:`RingError`, which ends the
+connection. The work done for one look at the ring is bounded by its size.
+
+Layout: a header of 64 bytes, req_prod, req_event, rsp_prod, rsp_event; then as many slots as fit, rounded down to a
+power of two. Source: xen/include/public/io/ring.h.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["HEADER_BYTES", "BackRing", "FrontRing", "RingError", "ring_slots"]
+
+HEADER_BYTES: Final = 64
+PAGE: Final = 4096
+_MASK: Final = 0xFFFFFFFF
+REQ_PROD, REQ_EVENT, RSP_PROD, RSP_EVENT = range(4)
+
+_fence_lock = threading.Lock()
+
+
+def _fence() -> None:
+    """A full memory barrier, between a store and a load of the other's: taking a lock is an atomic operation."""
+    with _fence_lock:
+        pass
+
+
+class RingError(Exception):
+    """The other end has broken the ring's rules. One sentence."""
+
+
+def ring_slots(pages: int, slot_bytes: int) -> int:
+    """Slots of a ring in ``pages`` pages."""
+    return 1 << ((pages * PAGE - HEADER_BYTES) // slot_bytes).bit_length() - 1
+
+
+class _Slots:
+    """The pages as one space, and the header's words as single loads and stores."""
+
+    def __init__(self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int) -> None:
+        self._slot = max(request_bytes, response_bytes)
+        self._request, self._response = request_bytes, response_bytes
+        self._pages = list(pages)
+        self.words = pages[0].cast("I")
+        self.size = ring_slots(len(pages), self._slot)
+        """Slots."""
+
+    def read(self, index: int, length: int) -> bytes:
+        """A copy of a slot's beginning."""
+        at = HEADER_BYTES + (index & self.size - 1) * self._slot
+        page, offset = at // PAGE, at % PAGE
+        data = bytes(self._pages[page][offset : offset + length])
+        if len(data) < length:  # it goes on in the next page
+            data += bytes(self._pages[page + 1][: length - len(data)])
+        return data
+
+    def write(self, index: int, data: bytes) -> None:
+        at = HEADER_BYTES + (index & self.size - 1) * self._slot
+        page, offset = at // PAGE, at % PAGE
+        room = min(len(data), PAGE - offset)
+        self._pages[page][offset : offset + room] = data[:room]
+        if room < len(data):
+            self._pages[page + 1][: len(data) - room] = data[room:]
+
+    def release(self) -> None:
+        """Let the pages go."""
+        self.words.release()
+        self._pages.clear()
+
+
+class BackRing(_Slots):
+    """The backend's end. For one thread."""
+
+    def __init__(self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int) -> None:
+        """
+        Attach to a ring in ``pages`` (4096 bytes each, writable).
+
+        Requests without a response count as new: a backend that takes over from a dead one does them again. RingError
+        if the indices cannot be right.
+        """
+        super().__init__(pages, request_bytes, response_bytes)
+        self._consumed = self._produced = self._published = self.words[RSP_PROD]
+        self.pending()
+
+    def pending(self) -> int:
+        """Requests that have not been taken. RingError if there are more than the ring can hold."""
+        count = self.words[REQ_PROD] - self._consumed & _MASK
+        unanswered = self._consumed - self._produced & _MASK
+        if count > self.size - unanswered:
+            raise RingError(
+                f"the frontend's ring overflows: {count} requests and {unanswered} without a response, "
+                f"in {self.size} slots"
+            )
+        return count
+
+    def take(self) -> bytes:
+        """A copy of the next request, which there must be."""
+        data = self.read(self._consumed, self._request)
+        self._consumed = self._consumed + 1 & _MASK
+        return data
+
+    def respond(self, data: bytes) -> None:
+        """Add a response; nobody sees it before :meth:`push`."""
+        self.write(self._produced, data)
+        self._produced = self._produced + 1 & _MASK
+
+    def push(self) -> bool:
+        """Publish the responses; whether the other end wants to be notified."""
+        old, new = self._published, self._produced
+        if old == new:
+            return False
+        self._published = self.words[RSP_PROD] = new
+        _fence()
+        return (new - self.words[RSP_EVENT] & _MASK) < (new - old & _MASK)
+
+    def final_check(self, wanted: int = 1) -> bool:
+        """Ask to be notified when there are ``wanted`` requests; whether there are as many already. RingError."""
+        if self.pending() >= wanted:
+            return True
+        self.words[REQ_EVENT] = self._consumed + wanted & _MASK
+        _fence()
+        return self.pending() >= wanted
+
+
+class FrontRing(_Slots):
+    """The frontend's end: the mirror image. For one thread."""
+
+    def __init__(self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int) -> None:
+        """Make an empty ring in ``pages``."""
+        super().__init__(pages, request_bytes, response_bytes)
+        self.words[REQ_PROD] = self.words[RSP_PROD] = 0
+        self.words[REQ_EVENT] = self.words[RSP_EVENT] = 1
+        self._produced = self._published = self._consumed = 0
+
+    def free(self) -> int:
+        """Requests that fit."""
+        return self.size - (self._produced - self._consumed & _MASK)
+
+    def request(self, data: bytes) -> None:
+        """Add a request; there must be a free slot."""
+        self.write(self._produced, data)
+        self._produced = self._produced + 1 & _MASK
+
+    def push(self) -> bool:
+        """Publish the requests; whether the other end wants to be notified."""
+        old, new = self._published, self._produced
+        if old == new:
+            return False
+        self._published = self.words[REQ_PROD] = new
+        _fence()
+        return (new - self.words[REQ_EVENT] & _MASK) < (new - old & _MASK)
+
+    def pending(self) -> int:
+        """Responses that have not been taken. RingError if there are more than requests."""
+        count = self.words[RSP_PROD] - self._consumed & _MASK
+        if count > (self._published - self._consumed & _MASK):
+            raise RingError(f"the backend's ring overflows: {count} responses")
+        return count
+
+    def take(self) -> bytes:
+        """A copy of the next response, which there must be."""
+        data = self.read(self._consumed, self._response)
+        self._consumed = self._consumed + 1 & _MASK
+        return data
+
+    def final_check(self) -> bool:
+        """Ask to be notified of the next response; whether there is one already."""
+        if self.pending():
+            return True
+        self.words[RSP_EVENT] = self._consumed + 1 & _MASK
+        _fence()
+        return self.pending() > 0
