@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from nonroot.xenstore.errors import StoreError
 from nonroot.xenstore.permissions import Permissions, parse_permissions
@@ -186,12 +187,21 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
 
+def sized(examples: int, steps: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=examples < 100,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestStore.settings = sized(12, 20)
+
+
+@pytest.mark.slow
+def test_long_histories() -> None:
+    run_state_machine_as_test(StoreMachine, settings=sized(200, 40))

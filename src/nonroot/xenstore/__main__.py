@@ -34,6 +34,7 @@ def main() -> None:
         sys.exit(f"nonroot-xenstored: {error.filename or 'its folder'}: {error.strerror or error}")
     if options.detach and os.fork():
         os._exit(0)
+    server.sign()
     install_signals(server)
     host.name_process("nr-xenstored")
     force = confine(folder)

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Final
 
 from nonroot.xenstore import place
-from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
+from nonroot.xenstore.errors import CODES, XenStoreError, XenStoreLostError
 from nonroot.xenstore.wire import HEADER, PAYLOAD_MAX, Kind, pack
 
 __all__ = ["Attempt", "Requests", "Watch", "XenStore"]
@@ -37,6 +37,8 @@ __all__ = ["Attempt", "Requests", "Watch", "XenStore"]
 _ATTEMPTS: Final = 100
 """Times that a transaction is tried."""
 _REPLY_SECONDS: Final = 30.0
+_PATIENCE: Final = (0.0, 0.01, 0.1, 0.5, None)
+"""Seconds to wait before a lost request is sent again: one that dies may still accept connections for a moment."""
 
 
 class _Lost(Exception):  # noqa: N818
@@ -248,7 +250,7 @@ class XenStore(Requests):
         if len(payload) > PAYLOAD_MAX:
             raise XenStoreError("E2BIG", what)
         with self.lock:
-            for again in (True, False):
+            for patience in _PATIENCE:
                 try:
                     if transaction and (self._socket is None or life != self.life):
                         raise XenStoreLostError(f"XenStore: {what}: its process went away")
@@ -258,7 +260,9 @@ class XenStore(Requests):
                     break
                 except _Lost:
                     self._drop()
-                    if transaction or not again:
+                    if not transaction and patience is not None:
+                        time.sleep(patience)
+                    else:
                         raise XenStoreLostError(f"XenStore: {what}: its process went away") from None
         if reply == Kind.ERROR:
             raise XenStoreError(data.rstrip(b"\0").decode("latin-1"), what)
@@ -326,19 +330,17 @@ class XenStore(Requests):
         self._socket = connection
         self.life += 1
         if self._domid:
-            self._again(Kind.CONTROL, _payload("attach", str(self._domid)), f"speak as domain {self._domid}")
-            known = True
-        else:
-            known = False
+            self._again(Kind.CONTROL, _payload("attach", str(self._domid)), f"speaking as domain {self._domid}")
         for watch in self._watches.values():
             # An introduced domain's watches outlive its connection.
-            with contextlib.suppress(XenStoreError) if known else contextlib.nullcontext():
-                self._again(Kind.WATCH, _payload(watch.path, watch.token), f"watch {watch.path}")
+            self._again(Kind.WATCH, _payload(watch.path, watch.token), f"watching {watch.path}", "EEXIST")
 
-    def _again(self, kind: Kind, payload: bytes, what: str) -> None:
+    def _again(self, kind: Kind, payload: bytes, what: str, ignored: str = "") -> None:
         reply, data = self._exchange(kind, payload, 0)
-        if reply == Kind.ERROR:
-            raise XenStoreError(data.rstrip(b"\0").decode("latin-1"), what)
+        name = data.rstrip(b"\0").decode("latin-1")
+        if reply == Kind.ERROR and name != ignored:
+            self._drop()
+            raise XenStoreLostError(f"XenStore: {what} was refused: {CODES.get(name, name)}")
 
     def _drop(self) -> None:
         self._input.clear()
@@ -455,12 +457,16 @@ class XenStore(Requests):
             self._reconnect()
 
     def _reconnect(self) -> None:
-        self._drop()
-        try:
-            self._connect()
-        except _Lost:
+        for patience in _PATIENCE:
             self._drop()
-            raise XenStoreLostError("XenStore's process goes away again and again") from None
+            try:
+                self._connect()
+                return
+            except _Lost:
+                if patience is None:
+                    self._drop()
+                    raise XenStoreLostError("XenStore's process goes away again and again") from None
+                time.sleep(patience)
 
     # Domains
 

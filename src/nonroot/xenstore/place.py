@@ -34,7 +34,7 @@ def journal_path() -> Path:
 
 
 def lock_path() -> Path:
-    """Locked by the process for as long as it serves."""
+    """Locked by the process for as long as it serves; its process id is in it."""
     return folder() / "lock"
 
 

@@ -81,8 +81,10 @@ class Relay:
     def resend(self) -> None:
         """The connection is a new one: send again what has no answer."""
         self._store.clear()
-        for request in self._requests:
+        waiting = list(self._requests)
+        for request in waiting:
             request.resent = True
+        for request in waiting:
             self._to_store(request.message)
 
     @staticmethod
