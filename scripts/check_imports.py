@@ -44,7 +44,7 @@ NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.ram")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.errors", "nonroot._engine", "nonroot.spec"),
     ("nonroot.engines",),
-    ("nonroot.hvm", "nonroot.devices", "nonroot.boot"),
+    ("nonroot.hvm", "nonroot.devices", "nonroot.boot", "nonroot.xen"),
     ("nonroot.guests", "nonroot.backends"),
     ("nonroot.domain", "nonroot.xenstore"),
     ("nonroot.display",),

@@ -33,6 +33,10 @@ class Memory:
         dropped and frames count as dirty. ValueError if some of it is not writable RAM, OSError if the read fails or
         the file's system cannot say what is at hand. Releases the GIL.
         """
+    def touch(self, gfn: int) -> None:
+        """A frame was written through another mapping of its backing: as after ``write``."""
+    def compare_exchange(self, backing: int, offset: int, expected: int, new: int) -> int:
+        """Put ``new`` into an aligned 32-bit word of a backing if it is ``expected``; what was there. ValueError."""
     def take_dirty(self) -> list[int]:
         """Frames written since the last call, ascending; clears the log."""
     def take_dirty_in(self, gfn: int, count: int) -> list[int]:
@@ -114,6 +118,10 @@ class Vcpu:
     def retired(self) -> int:
         """Guest instructions retired so far (a REP iteration counts as one)."""
     def statistics(self) -> dict[str, int]: ...
+    def hypercall_arguments(self) -> tuple[bool, int, list[int]]:
+        """What a hypercall is made with: 64-bit code or not, the privilege level, the 16 general registers."""
+    def set_register(self, index: int, value: int) -> None:
+        """Set a general register, in the order of ``gpr``."""
     def translate(self, linear: int) -> int | None:
         """Guest-physical address of a linear address as supervisor, without side effects; None if not mapped."""
     def flush(self) -> None:

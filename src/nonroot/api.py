@@ -65,7 +65,7 @@ class Stopped:
     """How a domain's guest ended."""
 
     reason: str
-    """``poweroff``, ``reset``, ``panic``, ``triple_fault``, ``halted``, ``failure`` or ``internal``."""
+    """``poweroff``, ``reset``, ``panic``, ``crash``, ``triple_fault``, ``halted``, ``failure`` or ``internal``."""
     message: str
     """One sentence."""
     console: str
@@ -126,6 +126,7 @@ class Domain(HasScreen):
         serial_firmware: bool = False,
         reboot: bool = True,
         display: bool = False,
+        xen: bool = False,
         name: str | None = None,
         console: bool = True,
         fetch: bool = True,
@@ -158,6 +159,7 @@ class Domain(HasScreen):
         :param serial_firmware: have the firmware show its text on the first serial port too.
         :param reboot: start a guest of firmware again when it resets, rather than end.
         :param display: have a screen, keyboard and mouse also without firmware, which has them always.
+        :param xen: be a Xen for the guest: hypercalls, Xen's clock and timer, and its console, hvc0.
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
@@ -197,6 +199,7 @@ class Domain(HasScreen):
             serial_firmware=serial_firmware,
             reboot=reboot,
             display=display,
+            xen=xen,
         )
         self._name = name
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)

@@ -39,6 +39,7 @@ class Target:
 
     sent: bytearray = field(default_factory=bytearray)
     outcome: Outcome | None = None
+    xen: None = None
     waits: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -115,6 +115,7 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--floppy", metavar="IMG[,OPTION]...", multiple=True, help="A floppy; none is an empty drive.")
 @click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
+@click.option("--xen/--no-xen", default=False, help="Be a Xen for the guest: hypercalls, clock, console hvc0.")
 @click.option("--name", metavar="NAME", help="Be found under this name (see list).  [default: a free one]")
 @click.option("--display", is_flag=True, help="Have a screen, keyboard and mouse; with a BIOS they are there anyway.")
 @click.option(
@@ -155,6 +156,7 @@ def run(
     floppy: tuple[str, ...],
     boot: str | None,
     boot_menu: bool,
+    xen: bool,
     name: str | None,
     display: bool,
     vnc: str | None,
@@ -224,6 +226,7 @@ def run(
             "floppy": floppy,
             "boot": boot or "cd",
             "boot_menu": boot_menu,
+            "xen": xen,
             "name": name,
             "display": display or vnc is not None,
             "flavour": flavour,

@@ -94,6 +94,8 @@ class DomainOptions:
     reboot: bool = True
     """Whether a reset starts a guest of firmware again; other guests end with it."""
 
+    xen: bool = False
+    """Be a Xen for the guest, with a console of its own (hvc0)."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 

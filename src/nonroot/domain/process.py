@@ -555,10 +555,10 @@ class DomainProcess(DisplayRequests):
         error: NonrootError
         if reason == "internal":
             error = InternalError(message, **detail, console=console)
-        elif self._panic.message and reason in ("reset", "triple_fault", "halted"):
+        elif self._panic.message and reason in ("reset", "crash", "triple_fault", "halted"):
             reason, message = "panic", f"the guest's kernel panicked: {self._panic.message}"
             error = GuestPanicError(message, console=console)
-        elif reason in ("triple_fault", "halted", "failure"):
+        elif reason in ("crash", "triple_fault", "halted", "failure"):
             error = GuestCrashError(message, **detail, console=console)
         else:
             error = DomainStoppedError(f"{message} before the work was done", reason=reason, console=console)

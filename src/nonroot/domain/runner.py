@@ -30,6 +30,7 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
+from nonroot.xen.config import XenConfig
 
 __all__ = ["Runner", "Stop"]
 
@@ -53,7 +54,7 @@ class Stop:
     """How a machine stopped for good."""
 
     reason: str
-    """``poweroff``, ``reset``, ``triple_fault``, ``failure`` or ``internal``."""
+    """``poweroff``, ``reset``, ``crash``, ``triple_fault``, ``failure`` or ``internal``."""
     message: str
     """One sentence."""
     detail: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Runner:
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
             random_seed=options.seed,
             engine_off=frozenset(options.off),
+            xen=XenConfig() if options.xen else None,
         )
         outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
         try:
@@ -292,6 +294,8 @@ class Runner:
                 return Stop("poweroff", "the guest powered off")
             if outcome.reason == Reason.RESET:
                 return Stop("reset", "the guest reset the machine")
+            if outcome.reason == Reason.CRASH:
+                return Stop("crash", outcome.detail)
             if outcome.reason == Reason.TRIPLE_FAULT:
                 return Stop("triple_fault", "the guest crashed with a triple fault", self._where())
             if outcome.reason == Reason.FAILURE:
@@ -361,7 +365,7 @@ class Runner:
 
 def command_line(options: DomainOptions) -> str:
     """The kernel's command line; the user's part comes last, so that it wins."""
-    words = ["console=ttyS0", "panic=-1", "cryptomgr.notests"]
+    words = ["console=hvc0" if options.xen else "console=ttyS0", "panic=-1", "cryptomgr.notests"]
     if options.quiet:
         words.append("quiet")
     if options.agent:

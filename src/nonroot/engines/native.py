@@ -40,6 +40,8 @@ class NativeVcpu:
         self.now_ns = raw.now_ns
         self.set_now_ns = raw.set_now_ns
         self.retired = raw.retired
+        self.hypercall_arguments = raw.hypercall_arguments
+        self.set_register = raw.set_register
         self.translate = raw.translate
         self.flush = raw.flush
 

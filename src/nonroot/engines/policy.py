@@ -135,6 +135,8 @@ class CpuPolicy:
     #: Family 6: model and stepping as CPUID 1 gives them.
     model: int = 0x8F
     stepping: int = 8
+    #: The leaves of a hypervisor's interface at 0x40000000; nonroot's own leaf comes at 0x40000100 then.
+    hypervisor: tuple[CpuidLeaf, ...] = ()
     #: More or other MSRs: index to (value at reset, mask of writable bits).
     extra_msrs: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -228,7 +230,10 @@ class CpuPolicy:
         table[0xD, 2] = [256, 576, 0, 0] if xsave and xcr0 & 4 else [0, 0, 0, 0]
         table[0x15, ANY_SUBLEAF] = [denominator, numerator, CRYSTAL_HZ, 0]
         table[0x16, ANY_SUBLEAF] = [mhz, mhz, 100, 0]
-        table[0x40000000, ANY_SUBLEAF] = [0x40000000, *signature]
+        own = 0x40000100 if self.hypervisor else 0x40000000
+        table[own, ANY_SUBLEAF] = [own, *signature]
+        for entry in self.hypervisor:
+            table[entry.leaf, entry.subleaf] = list(entry[2:])
         table[0x80000000, ANY_SUBLEAF] = [0x80000008, 0, 0, 0]
         table[0x80000001, ANY_SUBLEAF] = [0, 0, 0, 0]
         for i in range(3):

@@ -165,6 +165,12 @@ class Vcpu(Protocol):
     def statistics(self) -> Mapping[str, int]:
         """Counters by name, for people to read."""
 
+    def hypercall_arguments(self) -> tuple[bool, int, list[int]]:
+        """After ``Hypercall``: whether 64-bit code made it, at which privilege level, and the general registers."""
+
+    def set_register(self, index: int, value: int) -> None:
+        """Set a general register, numbered as in :attr:`nonroot.engines.state.VcpuState.gpr`."""
+
     def translate(self, linear: int) -> int | None:
         """Guest-physical address of a linear address, as supervisor, without side effects; None if it is not mapped."""
 

@@ -15,6 +15,7 @@ from nonroot.hvm.bus import Bus
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pic import PicPair
+from nonroot.xen.host import XenHost
 
 __all__ = ["HANDLERS", "VIRTUAL_TIME_HANDLERS", "ExitTarget", "handle_exit"]
 
@@ -38,6 +39,7 @@ class ExitTarget(Protocol):
     ioapic: IoApic
     outcome: Outcome | None
     """Set by a device in the course of an access: power-off or reset."""
+    xen: XenHost | None
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
@@ -105,7 +107,10 @@ def _interrupted(exit_: exits.Interrupted, machine: ExitTarget, vcpu: Vcpu) -> O
 
 
 def _hypercall(exit_: exits.Hypercall, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:
-    # There are no hypercalls yet: as in Xen, an unknown one returns -ENOSYS in RAX.
+    if machine.xen is not None:
+        machine.xen.hypercall(machine.vcpus.index(vcpu))
+        return machine.outcome
+    # Without Xen there are no hypercalls; as in Xen, an unknown one returns -ENOSYS in RAX.
     state = vcpu.state()
     gpr = list(state.gpr)
     gpr[RAX] = HYPERCALL_NOT_SUPPORTED
@@ -114,6 +119,14 @@ def _hypercall(exit_: exits.Hypercall, machine: ExitTarget, vcpu: Vcpu) -> Outco
 
 
 def _msr(exit_: exits.MsrRead | exits.MsrWrite, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:
+    if machine.xen is not None:
+        if isinstance(exit_, exits.MsrRead):
+            value = machine.xen.read_msr(exit_.index)
+            if value is not None:
+                vcpu.complete(value.to_bytes(8, "little"))
+                return None
+        elif machine.xen.write_msr(exit_.index, exit_.value, machine.vcpus.index(vcpu)):
+            return None
     vcpu.fail()
     return None
 
@@ -125,6 +138,8 @@ def _cpuid(exit_: exits.Cpuid, machine: ExitTarget, vcpu: Vcpu) -> Outcome | Non
 
 
 def _ioapic_eoi(exit_: exits.IoapicEoi, machine: ExitTarget, vcpu: Vcpu) -> Outcome | None:
+    if machine.xen is not None:
+        machine.xen.upcalls.look()
     machine.ioapic.eoi(exit_.vector)
     return None
 

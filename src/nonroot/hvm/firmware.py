@@ -33,6 +33,7 @@ KEY_MAXIMUM_CPUS: Final = 0x0F
 KEY_IRQ0_OVERRIDE: Final = 0x8002
 
 E820_RAM: Final = 1
+E820_RESERVED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,10 @@ def boot_files(firmware: Firmware, memory: MemoryMap) -> dict[str, bytes]:
         ram.append((1 << 32, memory.high_bytes))
     paths = [path for letter in firmware.boot for path in BOOT_PATHS[letter]]
     files = {
-        "etc/e820": b"".join(struct.pack("<QQI", base, length, E820_RAM) for base, length in ram),
+        "etc/e820": b"".join(
+            [struct.pack("<QQI", base, length, E820_RAM) for base, length in ram]
+            + [struct.pack("<QQI", base, length, E820_RESERVED) for base, length in memory.reserved]
+        ),
         "bootorder": "\n".join(paths).encode() + b"\n\0",
         "etc/boot-menu-wait": struct.pack("<Q", firmware.boot_menu_wait_ms),
     }

@@ -8,7 +8,7 @@ will be behind one lock, taken around the dispatch of an exit.
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from threading import Condition
+from threading import Condition, get_ident
 from typing import Final
 from weakref import finalize
 
@@ -17,7 +17,7 @@ from nonroot.boot.plan import BootPlan, plan_boot
 from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
 from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
 from nonroot.devices.piix4_pm import APM, APM_LENGTH, Piix4Pm
-from nonroot.engines.policy import CpuPolicy
+from nonroot.engines.policy import CpuidLeaf, CpuPolicy
 from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
 from nonroot.errors import BadOptionError
 from nonroot.hvm import board
@@ -54,6 +54,9 @@ from nonroot.hvm.shadow import SMRAM_SIZE, ShadowRam, SystemManagementRam
 from nonroot.hvm.smbios import smbios_files
 from nonroot.hvm.streams import InputQueue, OutputBuffer
 from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
+from nonroot.xen.abi import Shutdown, cpuid_leaves
+from nonroot.xen.config import XenConfig
+from nonroot.xen.host import RESERVED, Surroundings, XenHost
 
 __all__ = ["Machine", "MachineConfig", "Outcome", "Outputs", "Reason"]
 
@@ -62,6 +65,8 @@ DOORBELL_TIMEOUT_NS: Final = 1000
 """The doorbell's receiver does not wait for further characters: one byte is all that comes."""
 DOORBELL: Final = b"\x07"
 MEMORY_PREFIX: Final = "memory."
+LONGEST_SLEEP_NS: Final = 10_000_000
+"""How long a vCPU that waits in a hypercall is not asked whether it would rather go on."""
 EVENTS_KEPT: Final = 1024
 """Different (device, event) pairs that are counted."""
 
@@ -97,6 +102,8 @@ class MachineConfig:
     """Where RDRAND starts in virtual time; in real time it is the host's."""
     engine_off: frozenset[str] = field(default_factory=frozenset)
     """Optimisations of the engine to switch off."""
+    xen: XenConfig | None = None
+    """Be a Xen for the guest; None: no Xen."""
 
 
 def _nobody(*arguments: object) -> None:
@@ -132,7 +139,7 @@ class Machine:
         if not 1 <= config.uarts <= len(board.UARTS):
             raise BadOptionError(f"a machine has 1 to {len(board.UARTS)} serial ports, not {config.uarts}")
         outputs = outputs or Outputs()
-        self.memory_map = MemoryMap(config.memory_bytes)
+        self.memory_map = MemoryMap(config.memory_bytes, () if config.xen is None else (RESERVED,))
         self.plan: BootPlan | None = None
         """How the kernel is started; None with firmware."""
         if config.firmware is None:
@@ -150,7 +157,16 @@ class Machine:
         finalize(self, close_files, self.memory_files)
         if policy is None:
             policy = CpuPolicy.build(engine.cpu_features)
-        options = EngineOptions(virtual_time=config.virtual_time, random_seed=config.random_seed, off=config.engine_off)
+        if config.xen is not None:
+            leaves = [CpuidLeaf(*leaf) for leaf in cpuid_leaves(config.xen.domid, policy.tsc_khz)]
+            policy = replace(policy, hypervisor=tuple(leaves))
+        self._tsc_khz = policy.tsc_khz
+        options = EngineOptions(
+            virtual_time=config.virtual_time,
+            random_seed=config.random_seed,
+            off=config.engine_off,
+            msr_exits=config.xen is not None,
+        )
         self.vcpu: Vcpu = engine.create_vcpu(self.memory, policy, 0, options)
         self.vcpus: tuple[Vcpu, ...] = (self.vcpu,)
         self.clock = MachineClock(self.vcpu.now_ns)
@@ -165,6 +181,8 @@ class Machine:
         self._on_progress: Callable[[], object] | None = None
         self._progress_mark = 0
         self._deadline: int | None = None
+        self._thread: int | None = None
+        self._virtual = config.virtual_time is not None
         self._wire(config, outputs)
         self._power_on_state = self.vcpu.state()
         if self.plan is not None:
@@ -220,6 +238,10 @@ class Machine:
             post=self.post,
             request_reset=self.request_reset,
         )
+        self.xen: XenHost | None = None
+        """The Xen of this machine; None without."""
+        if config.xen is not None:
+            self.xen = self._make_xen(config, config.xen, lines, outputs)
         for attach in config.attach:
             attach(self.board)
         if not self.board.has_8042:
@@ -250,7 +272,28 @@ class Machine:
             *(device for device in self.board.devices if isinstance(device, TimedDevice)),
             *self.board.timed,
             *self._buffers,
+            *([] if self.xen is None else [self.xen]),
         )
+
+    def _make_xen(self, config: MachineConfig, xen: XenConfig, lines: InterruptRouter, outputs: Outputs) -> XenHost:
+        surroundings = Surroundings(
+            memory=self.memory,
+            files=self.memory_files,
+            memory_map=self.memory_map,
+            vcpus=self.vcpus,
+            clock=self.clock,
+            tsc_khz=self._tsc_khz,
+            wall_ns=config.base_wall_ns,
+            events=self._count_event,
+            gsi=lines.gsi,
+            intx=self.board.intx,
+            in_thread=self._in_thread,
+            sleep=self._sleep,
+            shutdown=self._xen_shutdown,
+            console=lambda data: outputs.console(0, data),
+            debug=outputs.debug,
+        )
+        return XenHost(xen, surroundings)
 
     def _add_bare_8042(self) -> None:
         """Nothing is plugged in, but systems switch A20 and reset the machine by it."""
@@ -356,7 +399,10 @@ class Machine:
             self._pause.notify_all()
 
     def console_input(self, data: bytes, uart: int = 0) -> None:
-        """Bytes for a serial port; they wait until the guest reads. Any thread."""
+        """Bytes for a serial port, or for hvc0 once the guest uses it; they wait until it reads. Any thread."""
+        if uart == 0 and self.xen is not None and self.xen.console is not None:
+            self.post(lambda: self._console_input(data))
+            return
         queue = self._uart_input[uart]
         self.post(lambda: queue.add(data))
 
@@ -370,7 +416,8 @@ class Machine:
 
     def console_backlog(self, uart: int = 0) -> int:
         """Bytes that the guest has not taken from a serial port's queue yet. Any thread."""
-        return len(self._uart_input[uart])
+        hvc = self.xen.console if uart == 0 and self.xen is not None else None
+        return len(self._uart_input[uart]) + (len(hvc) if hvc is not None else 0)
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down. Any thread."""
@@ -387,6 +434,7 @@ class Machine:
         vcpu, clock, counts, handlers = self.vcpu, self.clock, self.exit_counts, self._handlers
         run = vcpu.run
         self.outcome = None
+        self._thread = get_ident()
         self._attend()
         while self.outcome is None:
             if clock.dirty:
@@ -423,14 +471,17 @@ class Machine:
         """The vCPU has halted: sleep until it has something to do. In virtual time nothing sleeps, time moves on."""
         for buffer in self._buffers:
             buffer.flush()
+        since = self.vcpu.now_ns()
         while True:
             if self.clock.dirty:
                 self._plan_deadline()
             if vcpu.wait(self._deadline):
-                return
+                break
             self._advance()
             if self._posted or self._paused or self.outcome is not None:
-                return
+                break
+        if self.xen is not None:
+            self.xen.slept(since)
 
     def interrupted(self, vcpu: Vcpu) -> None:
         """A deadline was reached, or there is something from another thread."""
@@ -482,6 +533,46 @@ class Machine:
                 deadline = candidate
         self._deadline = deadline
 
+    def _sleep(self, until_ns: int | None) -> None:
+        """The vCPU waits inside of a hypercall, for something from another thread, a deadline, or some time."""
+        for buffer in self._buffers:
+            buffer.flush()
+        if self.clock.dirty:
+            self._plan_deadline()
+        since = self.vcpu.now_ns()
+        end = min(t for t in (since + LONGEST_SLEEP_NS, until_ns, self._deadline) if t is not None)
+        if self._virtual:
+            self.vcpu.set_now_ns(max(end, since))
+        else:
+            with self._pause:
+                if not self._posted and not self._paused and end > since:
+                    self._pause.wait((end - since) / 1e9)
+        self._advance()
+        if self.xen is not None:
+            self.xen.slept(since)
+
+    def _in_thread(self, action: Callable[[], object]) -> None:
+        if self._thread == get_ident():
+            action()
+        else:
+            self.post(action)
+
+    def _console_input(self, data: bytes) -> None:
+        hvc = self.xen.console if self.xen is not None else None
+        if hvc is not None and hvc.connected:
+            hvc.input(data)
+        else:
+            self._uart_input[0].add(data)
+
+    def _xen_shutdown(self, reason: int) -> None:
+        """The guest has ended its domain by hypercall."""
+        if reason == Shutdown.POWEROFF:
+            self.outcome = Outcome(Reason.POWER_OFF)
+        elif reason in (Shutdown.REBOOT, Shutdown.SOFT_RESET):
+            self.outcome = Outcome(Reason.RESET)
+        else:
+            self.outcome = Outcome(Reason.CRASH, "the guest said that it has crashed")
+
     def _request_stop(self) -> None:
         self._stop_requested = True
 
@@ -498,6 +589,8 @@ class Machine:
         self.resets += 1
         for device in self.devices:
             device.reset()
+        if self.xen is not None:
+            self.xen.reset()
         vcpu = self.vcpu
         vcpu.set_state(replace(self._power_on_state, now_ns=vcpu.now_ns(), retired=vcpu.retired()))
         self.clock.rearm()

@@ -8,6 +8,7 @@
 0x1_0000_0000 …             the rest of RAM
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -71,8 +72,12 @@ class RamRange:
 class MemoryMap:
     """Where a domain of ``memory_bytes`` has its RAM."""
 
-    def __init__(self, memory_bytes: int) -> None:
-        """MemorySizeError if the size is not a whole number of pages or out of bounds."""
+    def __init__(self, memory_bytes: int, reserved: Sequence[tuple[int, int]] = ()) -> None:
+        """
+        ``reserved``: (base, length) of parts of the hole that the guest is told to keep away from, ascending.
+
+        MemorySizeError if the size is not a whole number of pages or out of bounds.
+        """
         if memory_bytes % PAGE_SIZE:
             raise MemorySizeError(f"memory of {memory_bytes} bytes is not a whole number of {PAGE_SIZE}-byte pages")
         if not MEMORY_MINIMUM <= memory_bytes <= MEMORY_MAXIMUM:
@@ -80,6 +85,7 @@ class MemoryMap:
                 f"memory of {memory_bytes} bytes is outside {MEMORY_MINIMUM // MIB} MiB..{MEMORY_MAXIMUM // GIB} GiB"
             )
         self.memory_bytes = memory_bytes
+        self.reserved = tuple(reserved)
         self.low_end = min(memory_bytes, RAM_LOW_END)
         """Address after the RAM below 4 GiB."""
         self.high_bytes = memory_bytes - self.low_end
@@ -100,6 +106,7 @@ class MemoryMap:
             E820Entry(FIRMWARE_START, FIRMWARE_END - FIRMWARE_START, E820Type.RESERVED),
             E820Entry(FIRMWARE_END, self.low_end - FIRMWARE_END, E820Type.RAM),
         ]
+        entries += [E820Entry(base, length, E820Type.RESERVED) for base, length in self.reserved]
         if self.high_bytes:
             entries.append(E820Entry(RAM_HIGH_START, self.high_bytes, E820Type.RAM))
         return entries

@@ -15,6 +15,8 @@ class Reason(StrEnum):
     """The guest asked for a reset, by one of the ports."""
     TRIPLE_FAULT = "triple-fault"
     """The vCPU shut down: an exception while delivering a double fault."""
+    CRASH = "crash"
+    """The guest told its hypervisor that it has crashed."""
     STOPPED = "stopped"
     """Somebody called ``stop``, or the limit of the run was reached; the machine can run on."""
     FAILURE = "failure"

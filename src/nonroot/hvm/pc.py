@@ -127,6 +127,10 @@ class Board:
         """A driver of ISA interrupt ``irq``. ValueError for 2 and numbers that do not exist."""
         return self._lines.isa(irq)
 
+    def intx(self, slot: int, pin: int) -> IrqLine:
+        """A driver of interrupt ``pin`` (0 is INTA#) of the device in ``slot``."""
+        return self._interrupts.source(slot, pin)
+
     def add(self, device: Device) -> None:
         """Register a device for reset, records and time (deadlines). Its ranges are added to the buses apart."""
         if any(device.name == other.name for other in self.devices):

@@ -39,7 +39,7 @@ class GrantAccess(Protocol):
     """What a domain has granted to one other domain. All methods: any thread; GrantError for a bad reference.
 
     Two ways to data. Rings are mapped: loads and stores through the view are seen by the guest at once; aligned 32-bit
-    loads and stores (``view.cast("I")``) are single accesses. Bulk data is copied: ``copy_to`` behaves like DMA, so that
+    loads and stores (``view.cast("I")``) are single accesses. Bulk data is copied: ``copy_to`` is like DMA, so that
     code which the guest has run from that page is run afresh. Who writes bulk data through a view instead must
     ``unmap`` it before the guest may use it as code; that has the same effect.
     """

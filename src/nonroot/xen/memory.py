@@ -1,0 +1,257 @@
+"""A domain's memory as the hypervisor side uses it: its own pages, shared words, and changes to the p2m.
+
+Pages that Xen and the guest share (shared information, grant tables, the rings of console and XenStore) lie in a
+backing of their own; guests map them where they like. RAM that leaves the p2m goes to a pool, and back to the host,
+until the guest populates some frame with it.
+"""
+
+import fcntl
+import mmap
+import os
+from typing import Final, NamedTuple
+
+from nonroot._engine import Memory
+from nonroot.errors import OutOfMemoryError
+from nonroot.xen.abi import PAGE_SIZE, Errno, HypercallError
+
+__all__ = ["GRANT_FRAMES", "Page", "Physmap", "Place", "Words"]
+
+SHARED_INFO: Final = 0
+CONSOLE: Final = 1
+STORE: Final = 2
+FIRST_GRANT: Final = 8
+GRANT_FRAMES: Final = 64
+"""The most frames that a grant table can have."""
+OWN_PAGES: Final = FIRST_GRANT + GRANT_FRAMES
+
+SPECIAL_GFN: Final = 0xFEFF8
+"""The first of the frames that hold the rings at power-on, in the hole below 4 GiB."""
+SPECIAL_FRAMES: Final = 8
+MAXIMUM_GFN: Final = (1 << 28) - 1
+FIXED: Final = ((0xA0, 0x100), (0xFEC00, 0xFEC01), (0xFEE00, 0xFEE01), (0xFFC00, 0x100000))
+"""Frames (first, end) that belong to the board: VGA window and firmware, I/O APIC, local APIC, ROM."""
+RAM: Final = 0
+"""The number of the RAM's backing."""
+
+
+class Place(NamedTuple):
+    """A place in the domain's backings; it stays valid whatever happens to the p2m."""
+
+    backing: int
+    offset: int
+
+    def plus(self, offset: int) -> "Place":
+        """That many bytes further on."""
+        return Place(self.backing, self.offset + offset)
+
+
+Page = Place
+"""The place of a page."""
+
+
+class Words:
+    """Aligned 32-bit words that the guest changes at the same time. Any thread."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._exchange = memory.compare_exchange
+
+    def load(self, place: Place) -> int:
+        """The word."""
+        return self._exchange(place.backing, place.offset, 0, 0)
+
+    def replace(self, place: Place, expected: int, new: int) -> bool:
+        """Whether the word was ``expected`` and is ``new`` now."""
+        return self._exchange(place.backing, place.offset, expected, new) == expected
+
+    def update(self, place: Place, clear: int, set_: int) -> int:
+        """Clear bits, set bits; what the word was."""
+        exchange, (backing, offset) = self._exchange, place
+        found = exchange(backing, offset, 0, 0)
+        while True:
+            before = exchange(backing, offset, found, found & ~clear | set_)
+            if before == found:
+                return found
+            found = before
+
+    def store(self, place: Place, value: int) -> None:
+        """Put a value there, whatever there was."""
+        self.update(place, 0xFFFF_FFFF, value)
+
+    def store_bytes(self, place: Place, data: bytes) -> None:
+        """A whole number of words, one after the other."""
+        for at in range(0, len(data), 4):
+            self.store(place.plus(at), int.from_bytes(data[at : at + 4], "little"))
+
+    def load_bytes(self, place: Place, length: int) -> bytes:
+        """A whole number of words, one after the other."""
+        return b"".join(self.load(place.plus(at)).to_bytes(4, "little") for at in range(0, length, 4))
+
+
+class Physmap:
+    """Changes of the p2m, and views of what lies behind it."""
+
+    def __init__(self, memory: Memory, files: list[int]) -> None:
+        """``files``: a descriptor of each backing so far; that of the own pages is added. OutOfMemoryError."""
+        self.memory = memory
+        self._files = files
+        self._maps: dict[int, mmap.mmap] = {}
+        size = OWN_PAGES * PAGE_SIZE
+        fd = os.memfd_create("nonroot-xen", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self.own_backing = memory.add_backing(fd, size)
+            self._maps[self.own_backing] = mmap.mmap(fd, size)
+            files.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise OutOfMemoryError(f"the host cannot give {size >> 10} KiB of memory: {error.strerror}") from None
+        finally:
+            os.close(fd)
+        self._original: dict[int, tuple[int, int, bool] | None] = {}
+        self._free: list[int] = []
+        self._shown: dict[int, int] = {}  # own page's offset -> frame
+        self._aliases: set[int] = set()  # frames that show a page which has another frame
+
+    # ── pages ──
+
+    def own(self, page: int) -> Page:
+        """A page of the hypervisor's own."""
+        return Place(self.own_backing, page * PAGE_SIZE)
+
+    def view(self, page: Page) -> memoryview:
+        """A page, readable and writable, shared with the guest."""
+        backing = self._maps.get(page.backing)
+        if backing is None:
+            # The descriptor is read-only, for those who look from outside; this process may write.
+            fd = os.open(f"/proc/self/fd/{self._files[page.backing]}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                backing = self._maps[page.backing] = mmap.mmap(fd, 0)
+            finally:
+                os.close(fd)
+        return memoryview(backing)[page.offset : page.offset + PAGE_SIZE]
+
+    def clear_own(self) -> None:
+        """All own pages as at power-on."""
+        own = self._maps[self.own_backing]
+        own[:] = bytes(len(own))
+
+    def page(self, gfn: int, write: bool = True) -> Page | None:
+        """What lies behind a frame, if it is RAM or an own page."""
+        if not 0 <= gfn <= MAXIMUM_GFN:
+            return None
+        found = self.memory.lookup(gfn)
+        if found is None or found[0] not in (RAM, self.own_backing) or (write and not found[2]):
+            return None
+        return Place(found[0], found[1])
+
+    # ── the p2m ──
+
+    def place_page(self, gfn: int, page: Page) -> None:
+        """Show an own page at ``gfn``; RAM that was there leaves the domain. HypercallError EINVAL."""
+        self._check(gfn)
+        before = self._shown.pop(page.offset, None)
+        if before is not None and before != gfn:
+            self.memory.unmap(before, 1)
+        self._drop(gfn)
+        self._shown[page.offset] = gfn
+        self.memory.map(gfn, 1, page.backing, page.offset)
+
+    def move(self, gfn: int, target: int) -> None:
+        """What is at ``gfn`` is at ``target`` afterwards. HypercallError EINVAL."""
+        self._check(gfn)
+        self._check(target)
+        page = self.page(gfn)
+        if page is None:
+            raise HypercallError(Errno.EINVAL)
+        if gfn == target:
+            return
+        self._drop(target)
+        self._remember(gfn)
+        self.memory.unmap(gfn, 1)
+        if page.backing == self.own_backing:
+            self._shown[page.offset] = target
+        self.memory.map(target, 1, page.backing, page.offset)
+
+    def remove(self, gfn: int) -> bool:
+        """Take a frame out of the p2m; its memory goes to the pool. False if there is none, or it is the board's."""
+        if not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn) or self.page(gfn) is None:
+            return False
+        self._drop(gfn)
+        self.memory.unmap(gfn, 1)
+        return True
+
+    def populate(self, gfn: int) -> bool:
+        """Put a page of the pool at ``gfn``. False if the pool is empty or the frame is taken, or the board's."""
+        if not self._free or not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn) or self.memory.lookup(gfn) is not None:
+            return False
+        self._remember(gfn)
+        self.memory.map(gfn, 1, RAM, self._free.pop())
+        return True
+
+    def show_alias(self, gfn: int, page: Page, writable: bool) -> None:
+        """Show some page of the domain at ``gfn`` too; RAM that was there leaves the domain. HypercallError EINVAL."""
+        self._check(gfn)
+        if self.page(gfn) == page:
+            raise HypercallError(Errno.EINVAL)
+        self._drop(gfn)
+        self._aliases.add(gfn)
+        self.memory.map(gfn, 1, page.backing, page.offset, writable)
+
+    def hide_alias(self, gfn: int) -> None:
+        """Undo :meth:`show_alias`."""
+        if gfn in self._aliases:
+            self._aliases.discard(gfn)
+            self.memory.unmap(gfn, 1)
+
+    @property
+    def pool(self) -> int:
+        """Pages that have left the domain."""
+        return len(self._free)
+
+    def reset(self) -> None:
+        """The p2m as at power-on."""
+        for gfn, found in self._original.items():
+            if found is None:
+                self.memory.unmap(gfn, 1)
+            else:
+                self.memory.map(gfn, 1, found[0], found[1], found[2])
+        self._original.clear()
+        self._free.clear()
+        self._shown.clear()
+        self._aliases.clear()
+        self.clear_own()
+
+    def _check(self, gfn: int) -> None:
+        if not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn):
+            raise HypercallError(Errno.EINVAL)
+
+    def _remember(self, gfn: int) -> None:
+        if gfn not in self._original:
+            self._original[gfn] = self.memory.lookup(gfn)
+
+    def _drop(self, gfn: int) -> None:
+        """``gfn`` is about to lose its page. HypercallError EINVAL if that belongs to a device."""
+        found = self.memory.lookup(gfn)
+        if found is not None and found[0] not in (RAM, self.own_backing):
+            raise HypercallError(Errno.EINVAL)
+        self._remember(gfn)
+        if gfn in self._aliases:
+            self._aliases.discard(gfn)
+        elif found is not None and found[0] == self.own_backing:
+            self._shown.pop(found[1], None)
+        elif found is not None and found[0] == RAM:
+            self._free.append(found[1])
+            self._give_back(found[1])
+
+    def _give_back(self, offset: int) -> None:
+        """The host gets a page of RAM back; it reads as zeros from now on."""
+        self.view(Place(RAM, offset))
+        self._maps[RAM].madvise(mmap.MADV_REMOVE, offset, PAGE_SIZE)
+
+    def close(self) -> None:
+        """Unmap what can be unmapped; for the end of the domain."""
+        self._maps.clear()
+
+
+def _fixed(gfn: int) -> bool:
+    return any(first <= gfn < end for first, end in FIXED)
