@@ -26,6 +26,9 @@ class Memory:
         if address + len(data) <= len(self.data):
             self.data[address : address + len(data)] = data
 
+    def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+        return 0
+
 
 @pytest.fixture
 def memory() -> Memory:

@@ -1,0 +1,150 @@
+"""Random accesses to the registers of each device: nothing raises, nothing hangs, records stay good.
+
+The fast part makes twenty thousand accesses to each, the soak part ten million in every round, each with another seed.
+The drives' controllers, the display adapter, and the keyboard's have their own, with commands; here all are in.
+"""
+
+import os
+import random
+import struct
+from collections import Counter
+from typing import Final
+
+import pytest
+
+from nonroot.devices.floppy import FloppyController
+from nonroot.devices.fw_cfg import DMA_HIGH, DMA_LOW, FwCfg
+from nonroot.devices.i6300esb import I6300Esb
+from nonroot.devices.ide import PiixIde
+from nonroot.devices.pci_device import PciConnection
+from nonroot.devices.ps2 import Ps2Controller
+from nonroot.devices.vga import Vga
+from nonroot.hvm.device import BlockDevice, Device
+from nonroot.hvm.pci import PciHost
+from tests.hvm.makers import KINDS, Outside
+from tests.hvm.test_contract import pass_time, poke
+from tests.storage.parts import FakeMemory
+
+SEED: Final = int(os.environ.get("NONROOT_SOAK_ROUND", "0"))
+FAST: Final = 20_000
+SOAK: Final = 10_000_000
+BATCH: Final = 1_000
+"""Accesses between two looks at records."""
+_STEP: Final = struct.Struct("<BBBBI")
+
+COMMON: Final = (
+    *(0x00, 0x01, 0x02, 0x03, 0x04, 0x08, 0x0A, 0x0B, 0x0C, 0x10, 0x11, 0x13, 0x20, 0x30, 0x34, 0x3F, 0x40, 0x60, 0x68),
+    *(0x6A, 0x80, 0x83, 0x86, 0xA0, 0xB4, 0xC0, 0xC7, 0xD0, 0xD1, 0xE0, 0xFE, 0xFF, 0x2000, 0x2001, 0x3C00, 0x8000),
+    *(0xFFFF, 0x1_0000, 0x8000_0000, 0xFFFF_FFFF),
+)
+"""Values that mean something to many devices, taken for half of all stores."""
+SPECIAL: Final[dict[type, tuple[int, ...]]] = {
+    PciHost: tuple(1 << 31 | function << 8 | register for function in range(4) for register in range(0, 256, 4)),
+    FwCfg: (0, 1, 5, 0x19, 0x20, 0x21, 0x22, 0x4000, 0x8019),
+    I6300Esb: (0x80, 0x86, 0x100, 0x300),
+}
+OWN_SOAK: Final = (PiixIde, FloppyController, Vga, Ps2Controller)
+"""Have soak tests of their own."""
+ALL: Final = sorted(KINDS, key=lambda kind: kind.__name__)
+
+
+class Quiet(Outside):
+    """Counts what it hears, rather than remember it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: Counter[str] = Counter()
+
+    def event(self, device: str, name: str, detail: int) -> None:
+        self.heard[name] += 1
+
+    def call(self, *arguments: object) -> None:
+        self.heard["call"] += 1
+
+
+class Hammer:
+    """A guest without sense that knows one device."""
+
+    def __init__(self, device_type: type, seed: int) -> None:
+        self.kind = KINDS[device_type]
+        self.outside = Quiet()
+        self.memory = FakeMemory(bytearray(1 << 16))
+        self.device: Device = self.kind.make(self.outside)
+        if device_type is FwCfg:
+            files = {"etc/one": bytes(range(200)), "two": b""}
+            self.device = FwCfg({5: b"\1\0"}, files, PciConnection(dma=self.memory).dma, self.outside.event)
+        self.values = COMMON + SPECIAL.get(device_type, ()) * 4
+        self.random = random.Random(f"{device_type.__name__} {seed}")
+
+    def value(self, chosen: int, value: int, size: int) -> int:
+        if chosen & 1:
+            value = self.values[value % len(self.values)]
+        return value & (1 << 8 * size) - 1
+
+    def batch(self) -> None:
+        """:data:`BATCH` accesses."""
+        device, sizes, length = self.device, self.kind.sizes, self.kind.length
+        read, write = device.read, device.write
+        for what, offset, size_index, chosen, number in _STEP.iter_unpack(self.random.randbytes(_STEP.size * BATCH)):
+            size = sizes[size_index % len(sizes)]
+            offset %= length - size + 1
+            if what < 112:
+                assert 0 <= read(offset, size) < 1 << 8 * size
+            elif what < 236:
+                write(offset, size, self.value(chosen, number, size))
+            elif what < 242:
+                pass_time(device, self.outside, number >> chosen % 32)
+            elif what < 248:
+                poke(device, number)
+            elif what < 254:
+                self.block(offset, size, number)
+            elif isinstance(device, FwCfg):
+                self.command(number)
+
+    def block(self, offset: int, size: int, number: int) -> None:
+        """REP INS or REP OUTS."""
+        count = number % 300
+        if not isinstance(self.device, BlockDevice):
+            return
+        if number & 1 << 31:
+            assert len(self.device.read_block(offset, size, count)) == size * count
+        else:
+            self.device.write_block(offset, size, self.random.randbytes(size * count))
+
+    def command(self, number: int) -> None:
+        """A command of the firmware configuration device by DMA, most often to memory that is there."""
+        chance = self.random
+        control = (chance.choice(self.values) & 0xFFFF) << 16 | number & 0x1F
+        length = chance.choice((0, 1, 16, 300, 0x1_0001, 1 << 24, 0xFFFF_FFFF)) if number & 0x700 else number >> 24
+        target = chance.choice((number & 0xFFFF, number, (1 << 64) - 8))
+        place = number >> 8 & 0xFFFF
+        self.memory.write(place, struct.pack(">IIQ", control, length, target))
+        high = 0 if number & 0x8000_0000 else chance.choice((0, 1, 0xFFFF_FFFF))
+        self.device.write(DMA_HIGH, 4, int.from_bytes(high.to_bytes(4, "big"), "little"))
+        self.device.write(DMA_LOW, 4, int.from_bytes(place.to_bytes(4, "big"), "little"))
+
+    def look(self) -> None:
+        """Its record is whole, and taken again without a change; sometimes it is reset."""
+        record = self.device.state()
+        packed = record.pack()
+        self.device.from_state(type(record).unpack(packed))
+        assert self.device.state().pack() == packed
+        self.outside.sent.clear()
+        if self.random.random() < 0.1:
+            self.device.reset()
+
+    def run(self, accesses: int) -> None:
+        for _ in range(0, accesses, BATCH):
+            self.batch()
+            self.look()
+
+
+@pytest.mark.parametrize("device_type", ALL, ids=lambda kind: kind.__name__)
+def test_random_accesses(device_type: type) -> None:
+    Hammer(device_type, 1).run(FAST)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("device_type", [kind for kind in ALL if kind not in OWN_SOAK], ids=lambda kind: kind.__name__)
+def test_ten_million_random_accesses(device_type: type) -> None:
+    Hammer(device_type, 1000 + SEED).run(SOAK)
