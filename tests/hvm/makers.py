@@ -29,6 +29,7 @@ from nonroot.hvm.pit import Pit
 from nonroot.hvm.reset import I8042, ResetControl
 from nonroot.hvm.rtc import Rtc
 from nonroot.hvm.uart import Uart
+from nonroot.xen.platform_pci import PORTS_LENGTH, XenPlatform
 from tests.storage.parts import FakeMemory, make_floppy, make_ide
 
 VIDEO_MEMORY = bytearray(MEMORY_SIZE)
@@ -125,5 +126,6 @@ KINDS: dict[type, Kind] = {
     PiixIde: Kind(lambda o: make_ide(o.clock, o.irq, o.event), 0x30, (1, 2, 4)),
     Dma8237: Kind(lambda o: Dma8237(FakeMemory(), o.event), 0x40),
     FloppyController: Kind(lambda o: make_floppy(o.clock, o.irq, o.event), 8),
+    XenPlatform: Kind(lambda o: XenPlatform(events=o.event, unplug=o.call, log=o.sent.append), PORTS_LENGTH, (1, 2, 4)),
     AgentPort: Kind(lambda o: AgentPort(o.sent.extend, o.call, o.event), 12, (1, 2, 4)),
 }

@@ -57,6 +57,7 @@ from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
 from nonroot.xen.abi import Shutdown, cpuid_leaves
 from nonroot.xen.config import XenConfig
 from nonroot.xen.host import RESERVED, Surroundings, XenHost
+from nonroot.xen.platform_pci import attach_platform
 
 __all__ = ["Machine", "MachineConfig", "Outcome", "Outputs", "Reason"]
 
@@ -242,6 +243,8 @@ class Machine:
         """The Xen of this machine; None without."""
         if config.xen is not None:
             self.xen = self._make_xen(config, config.xen, lines, outputs)
+            if self.plan is None or self.plan.protocol != "pvh":
+                attach_platform(self.board)
         for attach in config.attach:
             attach(self.board)
         if not self.board.has_8042:
