@@ -1,5 +1,6 @@
 """XenStore's process: one loop over a listening Unix socket, its clients, and the rings that dom0 hands over."""
 
+import array  # noqa: F401 - socket.recv_fds imports it when it is called: too late for a confined process
 import contextlib
 import fcntl
 import os
@@ -182,7 +183,8 @@ class Server:
         except OSError:
             self.leaving.add(client)
         except Exception:  # a defect, and what one client does shall not stop the others
-            traceback.print_exc()
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
             self.leaving.add(client)
         self.pending.add(client)
 

@@ -84,7 +84,10 @@ class Journal:
             raise ValueError(f"{self.path} was written by another version of nonroot; remove it to begin anew")
         if values[0].get("boot") != self._boot:
             return False
-        self.store.restore(record for value in islice(values, 1, None) for record in value)
+        try:
+            self.store.restore(record for value in islice(values, 1, None) for record in value)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; remove the file to begin anew") from error
         return True
 
     def append(self, records: list[Record]) -> None:

@@ -83,7 +83,12 @@ def _start(path: Path) -> None:
             cwd="/",
             start_new_session=True,
         )
-        status = process.wait(_START_SECONDS)  # it detaches when it listens
+        try:
+            status = process.wait(_START_SECONDS)  # it detaches when it listens
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise XenStoreLostError(f"XenStore's process did not start within {_START_SECONDS:.0f} seconds") from None
     if status:
         lines = log.read_text(errors="replace").strip().splitlines()
         raise XenStoreLostError(f"XenStore's process did not start: {lines[-1] if lines else f'status {status}'}")
