@@ -342,3 +342,17 @@ def test_a_guest_does_not_notice_a_restart(lost: str) -> None:
     world.relay.from_guest(HEADER.pack(Kind.READ, 0, 0, 5000))
     assert world.relay.broken
     assert not world.relay.room
+
+
+def test_a_guest_that_starts_again_gets_nothing_that_was_not_for_it() -> None:
+    world = Restartable()
+    world.ask(Kind.WATCH, b"data\0t\0")
+    world.got.clear()
+    connection, world.connection = world.connection, None
+    world.relay.from_guest(pack(Kind.READ, 3, 0, b"data\0") + b"half a mess")
+    world.relay.reset()
+    world.connection = connection
+    world.relay.resend()
+    assert not world.got
+    assert world.ask(Kind.WRITE, b"data\0x") == [(Kind.WRITE, 5, 0, b"OK\0")]
+    assert len(world.got) == HEADER.size + 3  # and no event

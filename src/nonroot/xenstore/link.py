@@ -21,6 +21,8 @@ __all__ = ["DomainLink"]
 
 _PATIENCE: Final = (0.0, 0.01, 0.1, 0.5, 2.0)
 """Seconds to wait before the process is looked for again."""
+_PIECE: Final = 1024
+"""Bytes given on at once: with what may be without an answer, less than a socket holds, so that sending never waits."""
 
 
 class _UnknownError(XenStoreLostError):
@@ -49,18 +51,14 @@ class DomainLink:
         self._domid = domid
         self._path = path
         self._on_lost = on_lost
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        """Notified when an answer has come, or none will."""
         self._closed = False
+        self._ended = False
         self._relay = Relay(self._send, to_guest)
         self._socket = self._connect()
         self._thread = threading.Thread(target=self._run, name=f"xenstore-{domid}", daemon=True)
         self._thread.start()
-
-    @property
-    def room(self) -> bool:
-        """May more be taken from the ring? If not, look again when ``to_guest`` was called."""
-        with self._lock:
-            return self._relay.room
 
     @property
     def broken(self) -> str | None:
@@ -69,9 +67,19 @@ class DomainLink:
             return self._relay.broken
 
     def from_guest(self, data: bytes) -> None:
-        """Bytes of the ring's request half, cut anywhere; at most a ring of them while there is :attr:`room`."""
+        """
+        Bytes of the ring's request half, cut anywhere. Waits while the guest has too many requests without an answer:
+        one that asks and does not listen for answers holds up itself.
+        """
+        for at in range(0, len(data), _PIECE):
+            with self._lock:
+                self._lock.wait_for(lambda: self._ended or self._relay.room or self._relay.broken)
+                self._relay.from_guest(data[at : at + _PIECE])
+
+    def reset(self) -> None:
+        """The guest starts again; events of its earlier watches may still come."""
         with self._lock:
-            self._relay.from_guest(data)
+            self._relay.reset()
 
     def close(self) -> None:
         """End the link; the domain's watches stay until it is released. Not from ``to_guest``."""
@@ -114,7 +122,11 @@ class DomainLink:
             if data:
                 with self._lock:
                     self._relay.from_store(data)
+                    self._lock.notify_all()
             elif not self._again():
+                with self._lock:
+                    self._ended = True
+                    self._lock.notify_all()
                 return
 
     def _again(self) -> bool:

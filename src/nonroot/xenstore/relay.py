@@ -24,6 +24,8 @@ class _Request:
     number: int
     message: bytes
     resent: bool = False
+    silent: bool = False
+    """The guest that asked is gone."""
 
 
 class Relay:
@@ -75,7 +77,10 @@ class Relay:
             if kind != Kind.WATCH_EVENT:
                 if not self._requests:
                     continue  # no guest waits for it
-                message = self._put_right(self._requests.popleft(), message)
+                request = self._requests.popleft()
+                if request.silent:
+                    continue
+                message = self._put_right(request, message)
             self._to_guest(message)
 
     def resend(self) -> None:
@@ -86,6 +91,15 @@ class Relay:
             request.resent = True
         for request in waiting:
             self._to_store(request.message)
+
+    def reset(self) -> None:
+        """The guest starts again: nothing of what went before is for it, and its watches and transactions are gone."""
+        self._guest.clear()
+        for request in self._requests:
+            request.silent = True
+        message = pack(Kind.RESET_WATCHES, 0, 0, b"\0")
+        self._requests.append(_Request(Kind.RESET_WATCHES, 0, message, silent=True))
+        self._to_store(message)
 
     @staticmethod
     def _put_right(request: _Request, answer: bytes) -> bytes:
