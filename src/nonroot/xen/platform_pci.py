@@ -42,7 +42,7 @@ UNPLUG_ALL: Final = 0xF
 class XenPlatformState(StateRecord):
     """What the guest has told it."""
 
-    NAME: ClassVar[str] = "xenplat"
+    NAME: ClassVar[str] = "platform"
 
     config: bytes = blob(CONFIG_SIZE)
     product: int = u16()
@@ -63,7 +63,7 @@ class XenPlatform(PciDevice):
     ) -> None:
         """``log`` takes the bytes that guests write to the log port."""
         super().__init__(
-            "xenplat",
+            "platform",
             PciIdentity(0x5853, 0x0001, 0xFF_80_00, 1, interrupt_pin=1, subsystem_vendor=0x5853, subsystem_device=1),
             [
                 Bar(0, BarKind.IO, PORTS_SIZE, BAR_PORTS),
