@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "build" / "soak.json"
 
 
-def soak_tests() -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-m", "soak", "--collect-only", "-q"]
+def soak_tests(paths: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-m", "soak", "--collect-only", "-q", *paths]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode not in (0, 5):  # 5: no test matches
         sys.exit(f"soak: the tests cannot be collected:\n{result.stdout}{result.stderr}")
@@ -39,6 +39,7 @@ def save(record: dict[str, list[int]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="*", help="files or folders of tests, from the project's root; without any: all")
     parser.add_argument("--rounds", type=int, default=1, help="how many rounds in all, counting those already done")
     parser.add_argument("--only", default="", help="only tests with this in their names")
     parser.add_argument("--restart", action="store_true", help="forget what is done")
@@ -46,7 +47,7 @@ def main() -> int:
     if options.restart:
         RECORD.unlink(missing_ok=True)
     record = load()
-    tests = [test for test in soak_tests() if options.only in test]
+    tests = [test for test in soak_tests(options.paths) if options.only in test]
     if not tests:
         print(f"soak: there are no soak tests{' named so' if options.only else ''}")
         return 0
