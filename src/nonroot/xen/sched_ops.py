@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 from nonroot.xen.abi import DOMID_SELF, Errno, HypercallError, Sched, Shutdown
 from nonroot.xen.call import Call
@@ -15,11 +15,8 @@ MAXIMUM_PORTS: Final = 128
 LAST_REASON: Final = max(Shutdown)
 
 
-class Sleeper(Protocol):
-    """What lets a vCPU wait inside of a hypercall."""
-
-    def __call__(self, until_ns: int | None) -> None:
-        """Wait for something to happen, at most until then (machine time, ns). It may return early."""
+Sleeper = Callable[[int | None], object]
+"""Lets a vCPU wait inside of a hypercall until something happens, at most until then (machine time, ns)."""
 
 
 class SchedOps:
