@@ -7,7 +7,7 @@
 #   make test-all  every test but the soak ones, at most 40 minutes
 #   make matrix    the boot matrix: systems from disk, CD and floppy
 #   make soak      the long loops; can be interrupted and resumed
-#   make bench     the boot, the cost of VM exits and work in guests, side by side with QEMU's software CPU
+#   make bench     the boot, VM exits, work in guests and a disk's reads, side by side with QEMU's software CPU
 #   make wheel     one abi3 wheel in dist/
 #   make clean     removes what was built here
 
@@ -83,6 +83,7 @@ bench: $(STAMPS)/dev guests
 	$(PY) -m bench.boot $(BENCH)
 	$(PY) -m bench.exits $(BENCH)
 	$(PY) -m bench.work $(BENCH)
+	$(PY) -m bench.disk $(BENCH)
 
 check: $(STAMPS)/dev
 	$(VENV)/bin/ruff format --check

@@ -5,8 +5,9 @@ the disk from the first byte to the last with dd, past its own page cache. The i
 that no real disk is measured. The figure is the time between the two lines that /init prints around the read. The two
 take turns. Prints a table and writes JSON with every run.
 
-    python bench/disk.py                    five pairs of 256 MB
-    python bench/disk.py --pairs 1 --size 64
+    python -m bench.disk                    five pairs of 256 MiB
+    python -m bench.disk --pairs 1 --size 64
+    python -m bench.disk --pairs 9 --publish                also into docs/measurements
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.boot import machine, qemu_version
 from nonroot.boot.bzimage import parse_bzimage
 from nonroot.boot.payload import decompress
 from nonroot.guests import Guest, fetch, initramfs, progress_bar
@@ -137,6 +138,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256, help="MiB to read (default 256)")
     parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "disk.json")
+    parser.add_argument("--publish", action="store_true", help="also write docs/measurements/disk.json")
     parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
     options = parser.parse_args()
     if options.only != "nonroot" and not shutil.which(QEMU):
@@ -150,29 +152,43 @@ def main() -> int:
     systems = {"nonroot": bench.nonroot, "qemu": bench.qemu}
     runs: list[Run] = []
     for number in range(options.pairs):
-        for name in [options.only] if options.only else list(systems):
+        # Every second pair in the other order.
+        for name in [options.only] if options.only else list(systems)[:: -1 if number % 2 else 1]:
             bench.warm()
             run = systems[name]()
             runs.append(run)
             print(f"{number + 1}/{options.pairs} {run.system}: {run.read:.2f} s", file=sys.stderr)
     bench.disk.unlink()
-    medians = {
-        system: statistics.median(run.read for run in runs if run.system == system)
+    times = {
+        system: [run.read for run in runs if run.system == system]
         for system in dict.fromkeys(run.system for run in runs)
     }
-    table = Table("system", "seconds (median)", "MB/s", title=f"{options.size} MiB from an IDE disk by DMA")
-    for system, seconds in medians.items():
-        table.add_row(system, f"{seconds:.2f}", f"{options.size * MIB / seconds / 1e6:.0f}")
+    table = Table(
+        *("system", "seconds (median)", "least", "most", "MB/s"), title=f"{options.size} MiB from an IDE disk by DMA"
+    )
+    for system, seconds in times.items():
+        median = statistics.median(seconds)
+        figures = [f"{value:.2f}" for value in (median, min(seconds), max(seconds))]
+        table.add_row(system, *figures, f"{options.size * MIB / median / 1e6:.0f}")
     Console().print(table)
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
         "size_mib": options.size,
         "engine": options.engine,
+        "qemu": {"version": qemu_version(), "cpu": QEMU_CPU} if options.only != "nonroot" else None,
         "kernel": guest.version,
-        "medians": medians,
+        "append": APPEND,
+        "medians": {system: statistics.median(seconds) for system, seconds in times.items()},
         "runs": [asdict(run) for run in runs],
     }
-    options.output.write_text(json.dumps(report, indent=1))
+    if len(times) == 2:
+        ratios = [mine / theirs for mine, theirs in zip(times["nonroot"], times["QEMU"], strict=True)]
+        report["ratios"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        print(f"nonroot takes {statistics.median(ratios):.2f} of QEMU's time (median over the pairs)")
+    text = json.dumps(report, indent=1) + "\n"
+    options.output.write_text(text)
+    if options.publish:
+        (ROOT / "docs" / "measurements" / "disk.json").write_text(text)
     print(f"written to {options.output}")
     return 0
 

@@ -135,6 +135,19 @@ def test_what_is_at_hand_needs_no_thread_but_comes_later_all_the_same(file: Path
     service.close()
 
 
+def test_in_virtual_time_nothing_is_read_before_its_time(file: Path) -> None:
+    clock = ManualClock()
+    service = BlockService(RawImage(str(file)), Loop().post, clock, 500)
+    results: list[BlockResult] = []
+    service.submit(BlockRequest(BlockOp.READ, 0, 512, place=lambda fd, at: 1 // 0), results.append)
+    service.advance(499)
+    assert results == []
+    service.advance(500)
+    assert results == [BlockResult(BlockStatus.OK, CONTENT[:512])]
+    assert service.at_once == 0
+    service.close()
+
+
 @pytest.mark.parametrize("count", [0, 512, -1])
 def test_what_is_not_at_hand_is_read_by_the_thread(file: Path, count: int) -> None:
     loop = Loop()
