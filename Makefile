@@ -71,10 +71,11 @@ test-all: $(STAMPS)/dev
 	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --locked --quiet
 	$(PYTEST) -m "not soak"
 
-# Systems boot from disk, CD and floppy, on every engine; FAST=1 leaves out whole systems.
+# Systems boot from disk, CD and floppy, on every engine; FAST=1 leaves out whole systems. REFERENCES=write writes what
+# their screens show into tests/matrix/references, rather than comparing.
 matrix: $(STAMPS)/dev
 	@$(PY) -m nonroot.guests fetch amd64 686-pae 686 || true
-	$(PYTEST) --dist load tests/matrix $(if $(FAST),-m "not slow")
+	$(if $(REFERENCES),NONROOT_REFERENCES=$(REFERENCES)) $(PYTEST) --dist load tests/matrix $(if $(FAST),-m "not slow")
 
 soak: $(STAMPS)/dev guests
 	$(PY) scripts/soak.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only '$(ONLY)')

@@ -8,15 +8,20 @@ from nonroot.testing.boot_images import run_tool
 
 __all__ = ["grub_cd"]
 
-GRUB_MODULES = ("biosdisk", "iso9660", "normal", "multiboot", "linux16", "linux", "echo", "gzio")
+GRUB_MODULES = (
+    *("biosdisk", "iso9660", "normal", "multiboot", "linux16", "linux", "echo", "gzio"),
+    *("vbe", "gfxterm", "font"),
+)
+FONT = "usr/share/grub/ascii.pf2"
 
 
 def grub_cd(target: Path, files: dict[str, Path], config: str) -> Path:
-    """A CD on which GRUB runs ``config``; ``files`` lie in its root."""
+    """A CD on which GRUB runs ``config``; ``files`` lie in its root, and a font, ``/ascii.pf2``."""
     folder = target.with_suffix(".cd")
     (folder / "boot").mkdir(parents=True)
     for name, source in files.items():
         shutil.copy(source, folder / name)
+    shutil.copy(package("grub-common") / FONT, folder)
     (folder / "boot/grub.cfg").write_text(config)
     modules = package("grub-pc-bin") / "usr/lib/grub/i386-pc"
     tool = package("grub-common") / "usr/bin/grub-mkimage"

@@ -3,7 +3,9 @@
 The machine runs in real time, as a user's does, and only while the test waits for something.
 """
 
+import os
 import re
+import tempfile
 import threading
 import time
 from collections import deque
@@ -30,6 +32,7 @@ from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.machine import Machine, MachineConfig, Outputs
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pc import Board
+from tests.matrix.references import Reference
 
 __all__ = ["Pc", "engines"]
 
@@ -38,6 +41,9 @@ SLICE = 0.05
 """Seconds between two looks at the screen."""
 KEY_SLICE = 0.015
 """Seconds between two keys."""
+SETTLED = 2
+"""Seconds that a picture must not change before it becomes a reference."""
+WRITE_REFERENCES = os.environ.get("NONROOT_REFERENCES") == "write"
 
 
 def engines() -> list[str]:
@@ -124,6 +130,46 @@ class Pc:
         assert self.console is not None
         vga = self.console.vga
         return Renderer(vga.ram.view).render(vga.state())
+
+    def shows(self, name: str, seconds: float = 60, differing: float = 0.01) -> None:
+        """Run until the screen shows the stored reference ``name``, but for a share ``differing`` of its fields."""
+        if WRITE_REFERENCES:
+            self._store_reference(name, seconds, differing)
+            return
+        wanted = Reference.load(name)
+        closest = 1.0
+
+        def is_shown() -> bool:
+            nonlocal closest
+            share = wanted.differing(self.picture())
+            closest = min(closest, share)
+            return share <= differing
+
+        try:
+            self.run_until(is_shown, seconds, f"{name} was not shown")
+        except AssertionError as error:
+            file = self._save_picture(name)
+            raise AssertionError(f"{error}\n{closest:.1%} of the fields differed at best; see {file}") from None
+
+    def _store_reference(self, name: str, seconds: float, differing: float) -> None:
+        last = Reference.of(self.picture())
+        since = time.monotonic()
+
+        def is_settled() -> bool:
+            nonlocal last, since
+            picture = self.picture()
+            if last.differing(picture) > differing:
+                last, since = Reference.of(picture), time.monotonic()
+            return time.monotonic() - since > SETTLED
+
+        self.run_until(is_settled, seconds, f"{name} does not settle")
+        last.store(name)
+        self._save_picture(name)
+
+    def _save_picture(self, name: str) -> Path:
+        file = Path(tempfile.gettempdir()) / f"nonroot-{name}.png"
+        self.picture().save(file)
+        return file
 
     def press(self, text: str) -> None:
         """Press keys, one after the other, while the machine runs: text, and names as in ``<ret>``."""

@@ -13,7 +13,7 @@ from nonroot.guests import Guest, cached
 from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.outcome import Reason
 from nonroot.testing import boot_images
-from tests.matrix import media
+from tests.matrix import media, modes_guest
 from tests.matrix.conftest import Maker, fetched
 from tests.matrix.pc import Pc
 
@@ -47,6 +47,8 @@ def test_grub_rescue_cd(make: Maker) -> None:
     pc.wait_screen("^grub>")
     pc.press("ls<ret>")
     pc.wait_screen(r"^\(cd\)")
+    pc.press("<esc>")
+    pc.shows("grub-menu")
 
 
 @pytest.mark.slow
@@ -68,6 +70,20 @@ def test_memtest(make: Maker, kind: str) -> None:
     pc.wait_screen("Status: Testing", 120)
     pc.wait_screen(r"Pattern: 0x[0-9a-f]+", 120)
     assert re.search(r"Errors: 0\b", pc.text())
+    pc.shows("memtest-text", differing=0.1)
+
+
+@pytest.mark.slow
+def test_modes_of_the_vga_bios(make: Maker, tmp_path: Path) -> None:
+    image = tmp_path / "modes.img"
+    image.write_bytes(modes_guest.floppy())
+    pc = make(floppy=image, boot="a")
+    for mode in modes_guest.MODES:
+        pc.run_until(lambda mode=mode: pc.serial[-1:] == bytes([mode.number & 0xFF]), 60, mode.name)  # type: ignore[misc]
+        pc.shows(mode.name, 10, 0)
+        assert pc.picture().size == mode.size
+        pc.press(" ")
+    pc.run_until(lambda: bool(pc.rows()), 10, "text mode did not come back")
 
 
 def test_xen_by_multiboot(make: Maker) -> None:
@@ -86,6 +102,7 @@ def test_ovmf_to_its_shell(make: Maker, tmp_path: Path) -> None:
     pc.wait_serial(r"UEFI Interactive Shell", 180)
     pc.wait_serial("Shell> ", 120)
     assert pc.picture().size == (1280, 800)
+    pc.shows("ovmf-shell", differing=0.03)
     pc.press("ver<ret>")
     pc.wait_serial("UEFI v2", 60)
 
@@ -95,18 +112,8 @@ def test_ovmf_boots_a_cd(make: Maker) -> None:
     image = fetched("ovmf", "usr/share/ovmf/OVMF.fd").read_bytes()
     pc = make(cd=fetched("memtest86+", MEMTEST + "x64.iso"), firmware=Firmware(image), memory=256 * MIB)
     pc.wait_serial("starting Boot0001", 180)
-    pc.run_until(lambda: share_of(pc, MEMTEST_BLUE) > 0.6, 300, "memtest's screen did not appear")
-    assert pc.picture().size == (640, 480)
-
-
-MEMTEST_BLUE = (0, 0, 0xAA)
-
-
-def share_of(pc: Pc, colour: tuple[int, int, int]) -> float:
-    """The part of the screen that has this colour."""
-    picture = pc.picture().convert("RGB")
-    counts = {colour: count for count, colour in picture.getcolors(1 << 20) or []}
-    return counts.get(colour, 0) / (picture.width * picture.height)
+    pc.run_until(lambda: pc.picture().size == (640, 480), 300, "memtest did not change the mode")
+    pc.shows("memtest-framebuffer", differing=0.1)
 
 
 # ── a CD of our own with GRUB ──
@@ -114,6 +121,11 @@ def share_of(pc: Pc, colour: tuple[int, int, int]) -> float:
 GRUB_CONFIG = """\
 set timeout=-1
 menuentry 'Invaders' --hotkey=i { multiboot /invaders }
+menuentry 'Graphics' --hotkey=g {
+    loadfont /ascii.pf2
+    set gfxmode=800x600x32
+    terminal_output gfxterm
+}
 menuentry 'Xen' --hotkey=x { multiboot /xen.gz xen console=com1 com1=115200 noreboot }
 """
 
@@ -142,6 +154,14 @@ def test_invaders_is_played(make: Maker, grub_cd: Path) -> None:
     start = ship()
     pc.hold("<left>", lambda: 0 <= ship() < start, "the ship did not move to the left")
     pc.hold(" ", lambda: any(row.strip() == "|" or " | " in row for row in pc.rows()), "it did not shoot")
+
+
+@pytest.mark.slow
+def test_grub_in_graphics(make: Maker, grub_cd: Path) -> None:
+    pc = make(cd=grub_cd, boot="d")
+    pc.wait_screen("Invaders")
+    pc.press("g")
+    pc.shows("grub-graphics")
 
 
 @pytest.mark.slow
