@@ -91,8 +91,8 @@ class Server:
 
     def __init__(self, folder: Path, idle_seconds: float) -> None:
         """
-        Take the folder, read the saved state, listen. ``idle_seconds``: without clients and domains for so long,
-        :meth:`serve` returns.
+        Take the folder, read the saved state, listen. ``idle_seconds``: without clients for so long,
+        :meth:`serve` returns; the state stays.
 
         Busy if another process has the folder; OSError; ValueError for a saved state that cannot be read.
         """
@@ -151,7 +151,7 @@ class Server:
         self._selector.register(self._stop_reading, selectors.EVENT_READ)
         busy_at = time.monotonic()
         while True:
-            if self._clients or self.store.domains:
+            if self._clients:  # a running domain is one
                 busy_at = time.monotonic()
                 patience = None
             else:
