@@ -174,6 +174,9 @@ def test_dma_needs_bus_mastering() -> None:
         def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
             written.append((address, bytes(data)))
 
+        def read_file(self, descriptor: int, offset: int, parts: list[tuple[int, int]]) -> int:
+            return 0
+
     card = Card("card", PciConnection(dma=Memory()))
     card.dma_write(0x1000, b"lost")
     assert card.dma_read(0, 3) == b"\xff\xff\xff"
