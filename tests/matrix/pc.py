@@ -163,7 +163,7 @@ class Pc:
             return time.monotonic() - since > SETTLED
 
         self.run_until(is_settled, seconds, f"{name} does not settle")
-        last.store(name)
+        Reference.of(self.picture()).store(name)
         self._save_picture(name)
 
     def _save_picture(self, name: str) -> Path:

@@ -21,8 +21,8 @@ FOLDER = Path(__file__).with_name("references")
 COLUMNS, ROWS = 40, 25
 STEP = 17
 """A component has one hexadecimal digit: 0 … 15 stand for 0 … 255."""
-NEAR = 2.5 * STEP
-"""Components that differ by less are the same: two letters that are others make 2 steps of a field of text."""
+NEAR = 1.5 * STEP
+"""Components that differ by less are the same: digits that are others make a step, where there is no text it is 3."""
 
 
 @dataclass(frozen=True)
