@@ -209,9 +209,10 @@ def test_list(screen: Domain) -> None:
     result = command("list")
     assert result.returncode == 0
     lines = result.stdout.decode().splitlines()
-    assert lines[0].split() == ["NAME", "PID", "MEMORY", "UP", "RUNS"]
-    assert lines[1].split()[:3] == ["screen", str(screen.pid), "16M"]
-    assert lines[1].endswith("vga.elf")
+    assert lines[0].split() == ["Name", "ID", "Mem", "VCPUs", "State", "Time(s)"]
+    assert lines[1].split()[:2] == ["Domain-0", "0"]
+    assert lines[2].split()[0] == "screen"
+    assert lines[2].split()[2:4] == ["16", "1"]
     entry = json.loads(command("list", "--json").stdout)[0]
     assert (entry["name"], entry["pid"], entry["display"]) == ("screen", screen.pid, True)
 

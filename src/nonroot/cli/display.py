@@ -1,10 +1,9 @@
-"""Verbs for running domains: list, screenshot, type, vncviewer."""
+"""Verbs for the screens of running domains: screenshot, type, vncviewer."""
 
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from click.shell_completion import CompletionItem
 from nonroot.cli.output import OWN_FAILURE, FetchBar, Reporter
 from nonroot.errors import BadFileError, BadOptionError, NonrootError, UnsupportedError
 
-__all__ = ["list_domains", "screenshot", "type_keys", "vncviewer"]
+__all__ = ["screenshot", "type_keys", "vncviewer"]
 
 VIEWERS = ("xtigervncviewer", "vncviewer", "tigervncviewer")
 """Programs that show a VNC server's Unix socket."""
@@ -33,58 +32,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 def _print(record: dict[str, Any] | list[dict[str, Any]]) -> None:
     sys.stdout.write(json.dumps(record, ensure_ascii=True) + "\n")
-
-
-@click.command(
-    "list",
-    short_help="List the running domains.",
-    epilog="\b\nExamples:\n  nonroot list\n  nonroot list --json",
-)
-@json_option
-def list_domains(as_json: bool) -> int:
-    """List this user's running domains: name, process, memory, how long, and what they run."""
-    from nonroot.domain import registry
-    from nonroot.domain.options import readable_size
-
-    found = registry.entries()
-    if as_json:
-        _print(
-            [
-                {"name": e.name, "pid": e.pid, "started": e.started, "socket": os.fspath(e.socket), **e.facts}
-                for e in found
-            ]
-        )
-        return 0
-    if not found:
-        Reporter().line("no domain is running")
-        return 0
-    rows = [("NAME", "PID", "MEMORY", "UP", "RUNS")]
-    for entry in found:
-        memory = entry.facts.get("memory")
-        what = entry.facts.get("kernel") or entry.facts.get("firmware") or "?"
-        rows.append(
-            (
-                entry.name,
-                str(entry.pid),
-                readable_size(memory) if isinstance(memory, int) else "?",
-                _duration(time.time() - entry.started),
-                Path(str(what)).name,
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-        sys.stdout.write(line.rstrip() + "\n")
-    return 0
-
-
-def _duration(seconds: float) -> str:
-    """``75.2`` -> ``1m15s``."""
-    whole = max(int(seconds), 0)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
 
 
 @click.command(

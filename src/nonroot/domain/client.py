@@ -224,13 +224,6 @@ class DomainClient:
         self._fail_all(reason)
 
     def _start_process(self, theirs: socket.socket) -> None:
-        package = Path(__file__).resolve().parents[2]
-        environment = dict(os.environ)
-        search = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-        if package.name not in ("site-packages", "dist-packages"):
-            search.append(str(package))
-        if search:
-            environment["PYTHONPATH"] = os.pathsep.join(search)
         command = [*self._program, "--control-fd", str(theirs.fileno())]
         with open(os.devnull, "rb") as null:  # noqa: PTH123
             self._process = subprocess.Popen(
@@ -239,7 +232,7 @@ class DomainClient:
                 stdout=self._trace_fd,
                 stderr=self._trace_fd,
                 pass_fds=[theirs.fileno()],
-                env=environment,
+                env=process_environment(),
                 cwd="/",
                 start_new_session=True,
             )
@@ -326,6 +319,18 @@ class DomainClient:
         self.wake_senders()
         if not self._closing:
             self.on_lost(error)
+
+
+def process_environment() -> dict[str, str]:
+    """Ours, such that a new Python finds this package."""
+    package = Path(__file__).resolve().parents[2]
+    environment = dict(os.environ)
+    search = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if package.name not in ("site-packages", "dist-packages"):
+        search.append(str(package))
+    if search:
+        environment["PYTHONPATH"] = os.pathsep.join(search)
+    return environment
 
 
 def check_version(record: dict[str, Any]) -> None:

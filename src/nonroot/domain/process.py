@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nonroot.domain.agent import AgentSession
-from nonroot.domain.console import ConsoleLog, PanicWatch
+from nonroot.domain.console import PanicWatch
 from nonroot.domain.display import DisplayService
 from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
@@ -54,6 +54,8 @@ class Connection:
         self.primary = primary
         self.console = False
         """Whether it gets the guest's console output."""
+        self.watcher = False
+        """Whether it is told the domain's state and nothing else: no word of the guest's reaches it."""
         self.open = True
         self._process = process
         self._decoder = WireDecoder()
@@ -80,6 +82,8 @@ class Connection:
 
     def event(self, name: str, **fields: Any) -> None:
         """Tell what happened."""
+        if self.watcher and name != "state":
+            return
         self._push(pack_json({"event": name, **fields}))
 
     def backlog(self) -> int:
@@ -161,7 +165,6 @@ class DomainProcess(DisplayRequests):
         self._session: AgentSession | None = None
         self._decoder = FrameDecoder()
         self._agent_pieces = 0
-        self._log = ConsoleLog()
         self._panic = PanicWatch()
         self._console_due: float | None = None
         self._panic_due: float | None = None
@@ -180,6 +183,8 @@ class DomainProcess(DisplayRequests):
             self._serve()
         finally:
             self._close_display()
+            if isinstance(self._runner, Runner):
+                self._runner.close()
 
     def _serve(self) -> None:
         while not self._ending:
@@ -218,6 +223,9 @@ class DomainProcess(DisplayRequests):
         return connection
 
     def _listen(self, listener: socket.socket) -> None:
+        if self._listener is not None and self._listener is not listener:
+            self._selector.unregister(self._listener)
+            self._listener.close()
         listener.setblocking(False)
         self._listener = listener
         self._selector.register(listener, selectors.EVENT_READ, self._listening)
@@ -296,11 +304,42 @@ class DomainProcess(DisplayRequests):
         if options.agent:
             self._session = AgentSession(runner, eager=options.virtual_time)
         description: dict[str, Any] = runner.describe()
+        self._messages.say(f"engine {description.get('engine')}: {description.get('reason')}")
+        self._messages.say(f"boot protocol {description.get('protocol')}: {description.get('protocol_reason')}")
+        self._messages.say(f"{options.memory >> 20} MiB of memory, 1 vCPU")
         return description
 
     def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._began = time.monotonic()
         self._need().start()
+        self._messages.say("powered on")
+        self._tell_watchers()
+        return {}
+
+    def _do_watch(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        """Tell this client from now on what state the domain is in, and nothing else."""
+        connection.watcher = True
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        """``created``, ``running``, ``paused`` or ``stopped``, and the reason of the latter."""
+        if self._stopped is not None:
+            return {"state": "stopped", "reason": self._stopped["reason"]}
+        return {"state": "created" if self._runner is None else self._runner.state, "reason": ""}
+
+    def _tell_watchers(self) -> None:
+        for connection in self._connections:
+            if connection.watcher:
+                connection.event("state", **self._state())
+
+    def _do_close_drives(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Let go of the images of a domain that has stopped."""
+        runner = self._need()
+        if self._stopped is None:
+            raise UsageError("the domain has not stopped; it needs its drives")
+        runner.drives.close()
         return {}
 
     def _do_attach_console(
@@ -357,10 +396,17 @@ class DomainProcess(DisplayRequests):
         return {}
 
     def _do_pause(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
-        self._need().pause(lambda result: connection.reply(request, {}))
+        def paused(result: object) -> None:
+            connection.reply(request, {})
+            self._messages.say("paused")
+            self._tell_watchers()
+
+        self._need().pause(paused)
 
     def _do_unpause(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._need().unpause()
+        self._messages.say("unpaused")
+        self._tell_watchers()
         return {}
 
     def _do_stats(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
@@ -399,6 +445,7 @@ class DomainProcess(DisplayRequests):
                 connection.fail(request, result)
             else:
                 runner.drives.release()
+                self._messages.say("a medium was changed")
                 connection.reply(request, result)
 
         runner.call(change, answer)
@@ -407,10 +454,12 @@ class DomainProcess(DisplayRequests):
         self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
     ) -> dict[str, Any]:
         self._need().press_power_button()
+        self._messages.say("power button pressed")
         return {}
 
     def _do_reset(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._need().reset()
+        self._messages.say("reset button pressed")
         return {}
 
     def _do_power_off(
@@ -575,6 +624,8 @@ class DomainProcess(DisplayRequests):
         self._stop_waiters.clear()
         for connection in self._connections:
             connection.event("stopped", **self._stopped)
+        self._messages.say(f"stopped: {reason}" + (f" at {detail['rip']:#x}" if "rip" in detail else ""))
+        self._tell_watchers()
 
 
 def internal(unexpected: BaseException) -> InternalError:

@@ -25,6 +25,8 @@ from nonroot.errors import BadOptionError, NotRunningError, TransientError
 __all__ = ["Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+MAX_ENTRY = 1 << 16
+"""Bytes of an entry."""
 _LONGEST = 100
 """Bytes of a socket's path; the kernel takes 107."""
 
@@ -77,8 +79,11 @@ def runtime_dir() -> Path:
 class Registration:
     """An entry of this process; :meth:`close` removes it. The kernel frees the lock if the process dies."""
 
-    def __init__(self, name: str | None, **facts: Any) -> None:
-        """Take ``name``, or a free one. BadOptionError if it is taken; TransientError if there is no place."""
+    def __init__(self, name: str | None, since: float | None = None, **facts: Any) -> None:
+        """Take ``name``, or a free one. BadOptionError if it is taken; TransientError if there is no place.
+
+        ``since`` is when the domain began, in seconds since 1970; None is now.
+        """
         folder = runtime_dir()
         if name is not None:
             found = _take(folder, check_name(name))
@@ -90,6 +95,8 @@ class Registration:
         self.socket_path = folder / f"{self.name}.sock"
         self.socket_path.unlink(missing_ok=True)
         self._path = folder / f"{self.name}.json"
+        self.since = time.time() if since is None else since
+        self.facts: dict[str, Any] = {}
         self.describe(**facts)
 
     @staticmethod
@@ -114,8 +121,11 @@ class Registration:
 
     def describe(self, **facts: Any) -> None:
         """Replace what the entry says."""
-        record = {"name": self.name, "pid": os.getpid(), "started": time.time(), "facts": facts}
+        record = {"name": self.name, "pid": os.getpid(), "started": self.since, "facts": facts}
         data = json.dumps(record).encode()
+        if len(data) > MAX_ENTRY:
+            raise BadOptionError(f"what the domain {self.name} says of itself is too long: {len(data)} bytes")
+        self.facts = facts
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, data, 0)
 
@@ -163,13 +173,18 @@ def entries() -> list[Entry]:
 
 
 def find(name: str) -> Entry:
-    """The running domain of that name. NotRunningError if there is none."""
+    """The running domain of that name, or with that number (domid). NotRunningError if there is none."""
     check_name(name)
     with contextlib.suppress(TransientError):
         entry = _read(runtime_dir() / f"{name}.json")
         if entry is not None:
             return entry
-    names = [entry.name for entry in entries()]
+    running = entries()
+    if name.isascii() and name.isdigit():
+        for entry in running:
+            if entry.facts.get("domid") == int(name):
+                return entry
+    names = [entry.name for entry in running]
     hint = f"there are: {', '.join(names[:8])}" if names else "none is running"
     raise NotRunningError(f"there is no running domain {name!r}; {hint}")
 
@@ -185,7 +200,7 @@ def _read(path: Path) -> Entry | None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _parse(path, os.pread(fd, 1 << 16, 0))
+            return _parse(path, os.pread(fd, MAX_ENTRY, 0))
         # Nobody holds it. With the lock ours, nobody can take the name while its files go.
         if os.fstat(fd).st_size and path.lstat().st_ino == os.fstat(fd).st_ino:
             path.with_suffix(".sock").unlink(missing_ok=True)

@@ -1,13 +1,16 @@
-"""The control requests about screens, keyboards, VNC and the registry; :class:`DomainProcess` has the others."""
+"""The control requests about screens, keyboards, VNC, the registry and logs; :class:`DomainProcess` has the others."""
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nonroot.domain.console import ConsoleFile, ConsoleLog
 from nonroot.domain.display import DisplayService
+from nonroot.domain.messages import MessageLog
 from nonroot.domain.registry import Registration, runtime_dir
 from nonroot.domain.viewers import Viewers
-from nonroot.errors import BadOptionError, NotRunningError
+from nonroot.errors import BadFileError, BadOptionError, NotRunningError
 
 if TYPE_CHECKING:
     from nonroot.domain.process import Connection
@@ -22,6 +25,8 @@ class DisplayRequests:
     _registration: Registration | None = None
 
     def __init__(self) -> None:
+        self._log = ConsoleLog()
+        self._messages = MessageLog()
         self._viewers = Viewers(
             lambda sock: self._accept(sock, primary=False),
             lambda: runtime_dir() / f"{self._registration.name if self._registration else os.getpid()}.vnc",
@@ -32,6 +37,7 @@ class DisplayRequests:
         raise NotImplementedError
 
     def _listen(self, listener: socket.socket) -> None:
+        """Take clients there, and no longer at the place before."""
         raise NotImplementedError
 
     def _close_display(self) -> None:
@@ -54,6 +60,50 @@ class DisplayRequests:
             self._registration = Registration(name, **facts)
             self._listen(self._registration.listen())
         return {"name": self._registration.name, "socket": os.fspath(self._registration.socket_path)}
+
+    def _do_describe(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Add to what the registry's entry says."""
+        registration, facts = self._registered(), params.get("facts")
+        if not isinstance(facts, dict):
+            raise BadOptionError("what a domain says of itself is an object")
+        registration.describe(**registration.facts | facts)
+        return {}
+
+    def _do_rename(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        before, name = self._registered(), params.get("name")
+        if not isinstance(name, str):
+            raise BadOptionError("a domain's name is text")
+        if name != before.name:
+            self._registration = Registration(name, before.since, **before.facts)
+            self._listen(self._registration.listen())
+            before.close()
+            self._messages.say(f"renamed from {before.name} to {name}")
+        return {"name": self._registration.name if self._registration else name}
+
+    def _registered(self) -> Registration:
+        if self._registration is None:
+            raise NotRunningError("the domain is in no list of running domains")
+        return self._registration
+
+    def _do_keep_console(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Write the console's output to a file of bounded size as well."""
+        path, limit = params.get("path"), params.get("limit", 1 << 20)
+        if not isinstance(path, str) or not isinstance(limit, int) or limit < 1:
+            raise BadOptionError("the console is kept in a file of a size")
+        try:
+            self._log.file = ConsoleFile(Path(path), limit)
+        except (OSError, ValueError) as error:
+            raise BadFileError(f"the console cannot be kept in {path}: {error}") from None
+        return {}
+
+    def _do_messages(
+        self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        return {"messages": self._messages.to_wire()}
 
     def _do_screen_memory(self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes) -> None:
         self._screen().memory(connection, request)

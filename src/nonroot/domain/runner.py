@@ -149,6 +149,11 @@ class Runner:
             "virtual_time": self._options.virtual_time,
         }
 
+    @property
+    def state(self) -> str:
+        """``created``, ``running``, ``paused`` or ``stopped``."""
+        return "paused" if self._paused and self._state == "running" else self._state
+
     def start(self) -> None:
         """Power on."""
         if self._thread is not None:
@@ -246,7 +251,7 @@ class Runner:
         engine = dict(machine.vcpu.statistics())
         engine |= {k: v for k, v in counters.items() if not k.startswith("exit.")}
         return {
-            "state": "paused" if self._paused and self._state == "running" else self._state,
+            "state": self.state,
             "instructions": machine.vcpu.retired(),
             "machine_seconds": machine.vcpu.now_ns() / 1e9,
             "wall_seconds": (self._ended or time.monotonic()) - self._began,
