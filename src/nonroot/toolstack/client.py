@@ -43,8 +43,8 @@ class Toolstack:
 
     @staticmethod
     def nothing_runs() -> bool:
-        """Whether no domain runs, as far as can be seen without domain zero."""
-        return not registry.entries()
+        """Whether neither a domain runs nor domain zero, which may be about to start one."""
+        return not registry.entries() and not place.socket_path().exists()
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,8 @@ ACCESS: Final = {"": False, "r": True, "ro": True, "w": False, "rw": False}
 _POSITIONS: Final = ("target", "format", "vdev", "access")
 _KEYS: Final = (*_POSITIONS, "devtype", "backendtype", "backend", "script")
 _FLAGS: Final = frozenset(("cdrom", "discard", "no-discard", "direct-io-safe"))
-_PREFIX: Final = re.compile(r"(?:(?:phy|file|raw|aio|tap2?(?::tapdisk)?|ioemu):)+")
+_PREFIX: Final = re.compile(r"(?:(?:phy|file|aio|tap2?(?::tapdisk)?|ioemu|raw|qcow2|vhd|qed):)+")
+"""What old configurations write before the target; it stands for the format."""
 _VDEV: Final = re.compile(r"(?:xvd|hd|sd)([a-z]{1,2})([0-9]*)")
 
 
@@ -93,7 +94,12 @@ def parse_disk(text: str, folder: Path) -> DiskSpec:
     if not vdev:
         raise BadOptionError(f"{what} has no vdev; add for example vdev=xvda")
     vdev_number(vdev)
+    target = values.get("target", "")
+    prefix = _PREFIX.match(target)
     kind = values.get("format", "")
+    if prefix is not None:
+        target = target[prefix.end() :]
+        kind = kind or next((word for word in prefix[0].split(":") if word in FORMATS and word), "")
     if kind not in FORMATS:
         raise BadOptionError(
             f"{what}: there is no format {kind!r}; there are: {', '.join(name for name in FORMATS if name)}"
@@ -101,7 +107,6 @@ def parse_disk(text: str, folder: Path) -> DiskSpec:
     access = values.get("access", "")
     if access not in ACCESS:
         raise BadOptionError(f"{what}: there is no access {access!r}; there are: r, w")
-    target = _PREFIX.sub("", values.get("target", ""), count=1)
     if not target and not is_cd:
         raise BadOptionError(f"{what} names no image; only a CD-ROM drive can be empty")
     path = str(folder / target) if target else ""
@@ -127,6 +132,8 @@ def _split(text: str) -> dict[str, str]:
             if equals and re.fullmatch(r"[a-z-]+", key):
                 raise BadOptionError(f"the disk {text[:80]!r}: there is no {key!r}; there are: {', '.join(_KEYS)}")
             free = [name for name in _POSITIONS if name not in values]
+            if free[:1] == ["format"] and part not in FORMATS and _PREFIX.match(values["target"]):
+                free = free[1:]
             if not free:
                 raise BadOptionError(f"the disk {text[:80]!r}: {part[:40]!r} is one value too many")
             key, value = free[0], part

@@ -54,9 +54,10 @@ class Known:
 
     def letters(self) -> str:
         """xl's six letters: running, blocked, paused, shut down, crashed, dying."""
+        works = busy(self.link.pid)
         shown = [
-            self.state == "running" and busy(self.link.pid),
-            self.state == "running" and not busy(self.link.pid),
+            self.state == "running" and works,
+            self.state == "running" and not works,
             self.state in ("paused", "created"),
             self.state == "stopped" and self.reason not in CRASHES,
             self.state == "stopped" and self.reason in CRASHES,

@@ -120,9 +120,7 @@ class _Parser:
         if first == "-":
             raise self._problem("numbers cannot be negative here; put it in quotes")
         hint = "; text needs quotes" if first in _NAME_START else ""
-        raise self._problem(
-            f"a value (a number, a string in quotes, or a list in []) is expected{self._instead()}{hint}"
-        )
+        raise self._problem(f"a number, a string in quotes or a list in [] is expected{self._instead()}{hint}")
 
     def _list(self, depth: int) -> list[Value]:
         if depth >= MAX_DEPTH:
