@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from nonroot import guests
 from nonroot.cli.main import main
 from nonroot.domain import registry
-from nonroot.errors import SoftwareMissingError
+from nonroot.errors import NonrootError, SoftwareMissingError
 from nonroot.toolstack.client import IDLE_VARIABLE, Toolstack
 
 Run = Callable[..., "Outcome"]
@@ -50,9 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
         yield path / "nonroot"
     finally:
-        for entry in registry.entries():
-            with contextlib.suppress(OSError):
-                os.kill(entry.pid, signal.SIGKILL)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -69,15 +65,20 @@ def tiny(folder: Path) -> str:
 
 
 @pytest.fixture
-def nonroot(folder: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """The command, in this process."""
+def nonroot(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """The command, in this process. At the end there are no domains."""
 
     def run(*arguments: str) -> Outcome:
         capfd.readouterr()
         status = main(list(arguments))
         return Outcome(status, *capfd.readouterr())
 
-    return run
+    yield run
+    while entries := registry.entries():
+        with Toolstack() as toolstack:
+            for entry in entries:
+                with contextlib.suppress(NonrootError):
+                    toolstack.request("destroy", domain=entry.name)
 
 
 def dom0_pid() -> int:

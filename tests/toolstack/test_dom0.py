@@ -166,8 +166,8 @@ def test_the_console_stays_with_a_domain_that_restarts(nonroot: Run, tiny: str) 
     command += ["cmdline=quiet", "on_poweroff=restart"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.count(b"self-check passed") == 5
-    assert done.stdout.count(b"power off") == 5
+    assert 2 <= done.stdout.count(b"self-check passed") <= 5  # one may be over before it has been looked at
+    assert states(nonroot) == {}
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_media_and_keys(nonroot: Run, tiny: str, tmp_path: Path) -> None:
     assert nonroot("cd-insert", "pc", "hdd", str(tmp_path / "a.iso")).status == 0
     assert [one["target"] for one in nonroot("block-list", "--json", "pc").json] == ["", str(tmp_path / "a.iso")]
     assert "there are: hdc, hdd" in nonroot("cd-insert", "pc", "hda", str(tmp_path / "a.iso")).err
-    assert "no such file" in nonroot("cd-insert", "pc", "hdc", str(tmp_path / "b.iso")).err
+    assert "does not exist" in nonroot("cd-insert", "pc", "hdc", str(tmp_path / "b.iso")).err
     assert "(empty)" in nonroot("block-list", "pc").out
     assert nonroot("sysrq", "pc", "s").status == 0
     assert "is no SysRq key" in nonroot("sysrq", "pc", "xx").err

@@ -15,7 +15,15 @@ from nonroot.cli.terminal import is_terminal, pump_keys, raw_terminal, write_all
 from nonroot.cli.xl_common import find
 from nonroot.domain.client import DomainClient
 from nonroot.domain.wire import Kind
-from nonroot.errors import BadFileError, BadOptionError, NonrootError, NotRunningError, TransientError, UnsupportedError
+from nonroot.errors import (
+    BadFileError,
+    BadOptionError,
+    DomainLostError,
+    NonrootError,
+    NotRunningError,
+    TransientError,
+    UnsupportedError,
+)
 from nonroot.toolstack.client import Toolstack
 
 __all__ = ["attach", "console"]
@@ -129,10 +137,7 @@ def attach(found: dict[str, Any], *, begin: bool = False, replay: bool = True, r
                 client.on_lost = lambda error, stopped=stopped: stopped.set()  # type: ignore[misc]
                 current.append(client)
                 try:
-                    client.connect(found["socket"])
-                    client.request("attach_console", 60, replay=replay)
-                    if begin:
-                        client.request("start", 60)
+                    _open(client, found["socket"], replay, begin, stopped)
                     if typist is None:
                         typist = threading.Thread(target=keys, name="nonroot-keys", daemon=True)
                         typist.start()
@@ -142,9 +147,10 @@ def attach(found: dict[str, Any], *, begin: bool = False, replay: bool = True, r
                 finally:
                     client.close()
                     watch.close()
-                if left.is_set() or watch.next is None:
+                following = None if left.is_set() else _successor(watch.next)
+                if following is None:
                     break
-                found, begin, replay = find(str(watch.next)), False, True
+                found, begin, replay = following, False, True
         finally:
             os.write(wake_write, b"x")
             if typist is not None:
@@ -154,6 +160,28 @@ def attach(found: dict[str, Any], *, begin: bool = False, replay: bool = True, r
     if terminal and left.is_set():
         reporter.raw("\r\n")
     return 0
+
+
+def _open(client: DomainClient, path: str, replay: bool, begin: bool, stopped: threading.Event) -> None:
+    """Connect; a domain that has gone meanwhile has stopped."""
+    try:
+        client.connect(path)
+        client.request("attach_console", 60, replay=replay)
+        if begin:
+            client.request("start", 60)
+    except DomainLostError:
+        stopped.set()
+
+
+def _successor(domid: int | None) -> dict[str, Any] | None:
+    """The domain ``domid``, or the one that has taken its place by now; None if there is none."""
+    while domid is not None:
+        try:
+            return find(str(domid))
+        except NotRunningError:
+            with Toolstack() as toolstack:
+                domid = toolstack.request("wait", domain=str(domid)).get("next")
+    return None
 
 
 def _on_stop(stopped: threading.Event) -> Callable[[dict[str, Any]], None]:

@@ -41,6 +41,7 @@ SHORT_LIVES: Final = 5
 """So many short lives in succession, and a domain is not restarted again."""
 LOGS_KEPT: Final = 64
 """Files of consoles and processes."""
+SUCCESSORS_KEPT: Final = 1000
 CONSOLE_LIMIT: Final = 1 << 20
 
 
@@ -54,6 +55,8 @@ class DomainZero:
         self._tasks: set[asyncio.Task[None]] = set()
         self._short: Counter[str] = Counter()
         self._retry: dict[int, float] = {}
+        self._parting: dict[int, Known] = {}
+        self._successors: dict[int, int | None] = {}
         self.began = time.time()
 
     @property
@@ -116,8 +119,15 @@ class DomainZero:
         if self._known.get(known.domid) is known:
             del self._known[known.domid]
         self._retry.pop(known.domid, None)
+        self._settle(known, successor)
+
+    def _settle(self, known: Known, successor: int | None) -> None:
+        """What follows the domain's stop has been done."""
         if known.settled is not None and not known.settled.done():
             known.settled.set_result(successor)
+            self._successors[known.domid] = successor
+            if len(self._successors) > SUCCESSORS_KEPT:
+                del self._successors[next(iter(self._successors))]
 
     async def _domain(self, params: dict[str, Any]) -> Known:
         """By ``domain``: its name, number or UUID. NotRunningError."""
@@ -220,10 +230,16 @@ class DomainZero:
 
     async def do_wait(self, params: dict[str, Any]) -> dict[str, Any]:
         """Wait until what follows a domain's stop has been done; ``next`` is the domid in its place, or null."""
-        try:
-            known = await self._domain(params)
-        except NotRunningError:
-            return {"next": None, "state": "gone"}
+        wanted = str(params.get("domain"))
+        number = int(wanted) if wanted.isascii() and wanted.isdigit() else 0
+        known = self._parting.get(number)
+        if known is None:
+            try:
+                known = await self._domain(params)
+            except NotRunningError:
+                known = self._parting.get(number)
+        if known is None:
+            return {"next": self._successors.get(number), "state": "gone", "reason": ""}
         assert known.settled is not None
         successor = await asyncio.shield(known.settled)
         return {"next": successor, "state": "stopped" if known.domid in self._known else "gone", "reason": known.reason}
@@ -357,8 +373,7 @@ class DomainZero:
         if known.ending or known.acting:
             return
         if known.record is None:
-            if known.settled is not None and not known.settled.done():
-                known.settled.set_result(None)
+            self._settle(known, None)
             return
         known.acting = True
         task = asyncio.create_task(self._follow(known))
@@ -367,6 +382,7 @@ class DomainZero:
 
     async def _follow(self, known: Known) -> None:
         """Do what the configuration wants after a stop."""
+        self._parting[known.domid] = known
         try:
             await self._act(known)
         except NonrootError as error:
@@ -377,6 +393,7 @@ class DomainZero:
             self._drop(known)
         finally:
             known.acting = False
+            del self._parting[known.domid]
 
     async def _act(self, known: Known) -> None:
         record = known.record
@@ -394,9 +411,7 @@ class DomainZero:
             action = "destroy"
         _log(f"{known.name} ({known.domid}) has stopped: {known.reason}; {action}")
         if action == "preserve" and known.reason != "lost":
-            assert known.settled is not None
-            if not known.settled.done():
-                known.settled.set_result(None)
+            self._settle(known, None)
             return
         if action == "destroy" or action == "preserve":
             await self._end(known)
@@ -410,8 +425,7 @@ class DomainZero:
             if self._known.get(known.domid) is known:
                 del self._known[known.domid]
         successor = await self._create(name, uuid, record)
-        if known.settled is not None and not known.settled.done():
-            known.settled.set_result(successor.domid)
+        self._settle(known, successor.domid)
 
     async def _set_aside(self, known: Known) -> None:
         """A stopped domain keeps its memory, but neither its name, its UUID nor its images."""
