@@ -22,11 +22,12 @@ from nonroot.hvm.agent_port import AgentPort
 from nonroot.hvm.clock import ManualClock
 from nonroot.hvm.debug_port import DebugPort
 from nonroot.hvm.device import Device
+from nonroot.hvm.i8042 import I8042
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import PicPair
 from nonroot.hvm.pit import Pit
-from nonroot.hvm.reset import I8042, ResetControl
+from nonroot.hvm.reset import ResetControl
 from nonroot.hvm.rtc import Rtc
 from nonroot.hvm.uart import Uart
 from nonroot.xen.platform_pci import PORTS_LENGTH, XenPlatform

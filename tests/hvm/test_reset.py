@@ -4,7 +4,8 @@ import pytest
 
 from nonroot.hvm.agent_port import CAPACITY, AgentPort
 from nonroot.hvm.debug_port import DebugPort
-from nonroot.hvm.reset import I8042, ResetControl
+from nonroot.hvm.i8042 import I8042
+from nonroot.hvm.reset import ResetControl
 from tests.hvm.makers import Outside
 
 

@@ -19,20 +19,37 @@ from nonroot.hvm.device import (
     IrqLine,
     StateError,
     StateRecord,
+    assign,
     blob,
+    capture,
     expect,
     fifo,
     flag,
     i64,
     u8,
 )
+from nonroot.hvm.i8042 import (
+    COMMAND,
+    DATA,
+    MODE_KEYBOARD_OFF,
+    MODE_MOUSE_OFF,
+    MODE_SYSTEM,
+    OUTPUT_A20,
+    OUTPUT_NO_RESET,
+    PULSE_FIRST,
+    READ_OUTPUT_PORT,
+    SELF_TEST,
+    SELF_TEST_OK,
+    STATUS_COMMAND,
+    STATUS_FULL,
+    STATUS_NOT_INHIBITED,
+    TEST_KEYBOARD,
+    TEST_MOUSE,
+    WRITE_OUTPUT_PORT,
+)
 
 __all__ = ["COMMAND", "DATA", "KEYS_WAITING", "KEY_NS", "LENGTH", "Ps2Controller", "Ps2State"]
 
-DATA: Final = 0
-"""Device offset of port 0x60."""
-COMMAND: Final = 1
-"""Device offset of port 0x64."""
 LENGTH: Final = 2
 
 KEY_NS: Final = 10_000_000
@@ -40,23 +57,14 @@ KEY_NS: Final = 10_000_000
 KEYS_WAITING: Final = 8192
 """Bytes of key events that wait (two an event); of more, the last are lost."""
 
-STATUS_FULL: Final = 0x01
-STATUS_SYSTEM: Final = 0x04
-STATUS_COMMAND: Final = 0x08
-STATUS_NOT_INHIBITED: Final = 0x10
 STATUS_MOUSE: Final = 0x20
 
 MODE_KEYBOARD_IRQ: Final = 0x01
 MODE_MOUSE_IRQ: Final = 0x02
-MODE_SYSTEM: Final = 0x04
-MODE_KEYBOARD_OFF: Final = 0x10
-MODE_MOUSE_OFF: Final = 0x20
 MODE_TRANSLATE: Final = 0x40
 MODE_AT_RESET: Final = MODE_KEYBOARD_OFF | MODE_MOUSE_OFF | MODE_TRANSLATE
 MODE_WRITABLE: Final = 0x7F
 
-OUTPUT_NO_RESET: Final = 0x01
-OUTPUT_A20: Final = 0x02
 OUTPUT_KEYBOARD_IRQ: Final = 0x10
 OUTPUT_MOUSE_IRQ: Final = 0x20
 
@@ -65,24 +73,17 @@ WRITE_RAM: Final = 0x60
 RAM_SIZE: Final = 0x20
 MOUSE_OFF: Final = 0xA7
 MOUSE_ON: Final = 0xA8
-TEST_MOUSE: Final = 0xA9
-SELF_TEST: Final = 0xAA
-TEST_KEYBOARD: Final = 0xAB
 KEYBOARD_OFF: Final = 0xAD
 KEYBOARD_ON: Final = 0xAE
 READ_INPUT_PORT: Final = 0xC0
-READ_OUTPUT_PORT: Final = 0xD0
-WRITE_OUTPUT_PORT: Final = 0xD1
 WRITE_KEYBOARD_OUTPUT: Final = 0xD2
 WRITE_MOUSE_OUTPUT: Final = 0xD3
 WRITE_MOUSE: Final = 0xD4
 A20_OFF: Final = 0xDD
 A20_ON: Final = 0xDF
 TEST_INPUTS: Final = 0xE0
-PULSE_FIRST: Final = 0xF0
 WITH_DATA: Final = (WRITE_OUTPUT_PORT, WRITE_KEYBOARD_OUTPUT, WRITE_MOUSE_OUTPUT, WRITE_MOUSE)
 
-SELF_TEST_OK: Final = 0x55
 INPUT_PORT: Final = 0x80
 """The keyboard is not locked."""
 BREAK: Final = 0xF0
@@ -145,6 +146,14 @@ class Ps2State(StateRecord):
             raise StateError("ps2 state: scan_set or kind does not exist")
         if len(self.waiting) % 2:
             raise StateError("ps2 state: waiting has half an event")
+
+
+PLUGGED_IN: Final = (
+    *("keys", "key_replies", "scanning", "scan_set", "leds", "key_command", "key_last"),
+    *("packets", "mouse_replies", "kind", "knock", "mouse_command", "mouse_last", "buttons", "sent_buttons", "wrap"),
+    *("reporting", "remote", "scaling", "resolution", "rate", "dx", "dy", "dz"),
+)
+"""Fields of the record that are the keyboard's and the mouse's."""
 
 
 class Ps2Controller:
@@ -365,16 +374,9 @@ class Ps2Controller:
     def state(self) -> Ps2State:
         """Everything the guest could notice, now or later."""
         keyboard, mouse = self.keyboard, self.mouse
-        return Ps2State(
-            mode=self._mode,
-            ram=bytes(self._ram),
-            port=self._port,
-            output=self._output,
-            output_full=self._output_full,
-            source=self._source,
-            command=self._command,
-            last_was_command=self._last_was_command,
-            released=self._released,
+        return capture(
+            Ps2State,
+            self,
             keys=bytes(keyboard.keys),
             key_replies=bytes(keyboard.replies),
             scanning=keyboard.enabled,
@@ -399,8 +401,6 @@ class Ps2Controller:
             dx=mouse.dx,
             dy=mouse.dy,
             dz=mouse.dz,
-            waiting=bytes(self._waiting),
-            next_key_at=self._next_key_at,
         )
 
     def from_state(self, state: StateRecord) -> None:
@@ -409,15 +409,7 @@ class Ps2Controller:
 
     def _load(self, state: Ps2State) -> None:
         self._loading = True
-        self._mode = state.mode
-        self._ram = bytearray(state.ram)
-        self._port = state.port
-        self._output = state.output
-        self._output_full = state.output_full
-        self._source = state.source
-        self._command = state.command
-        self._last_was_command = state.last_was_command
-        self._released = state.released
+        assign(self, state, *PLUGGED_IN)
         keyboard, mouse = self.keyboard, self.mouse
         keyboard.keys[:] = state.keys
         keyboard.replies[:] = state.key_replies
@@ -441,8 +433,6 @@ class Ps2Controller:
         mouse.resolution = state.resolution
         mouse.rate = state.rate
         mouse.dx, mouse.dy, mouse.dz = state.dx, state.dy, state.dz
-        self._waiting = bytearray(state.waiting)
-        self._next_key_at = state.next_key_at
         self._loading = False
         self._clock.rearm()
         self._drive()

@@ -51,7 +51,7 @@ from nonroot.devices.vga_state import (
     VgaState,
     line_bytes,
 )
-from nonroot.hvm.device import NO_EVENTS, Clock, Events, StateRecord, expect
+from nonroot.hvm.device import NO_EVENTS, Clock, Events, StateRecord, assign, capture, expect
 
 __all__ = ["DISPI", "LENGTH", "MMIO", "PORTS", "PORT_BASE", "WINDOW", "WINDOW_BASE", "WINDOW_SIZE", "Vga"]
 
@@ -435,32 +435,7 @@ class Vga(PciDevice):
 
     def state(self) -> VgaState:
         """All registers."""
-        return VgaState(
-            config=bytes(self.data),
-            misc=self._misc,
-            feature=self._feature,
-            subsystem=self._subsystem,
-            sequencer_index=self._sequencer_index,
-            sequencer=bytes(self._sequencer),
-            graphics_index=self._graphics_index,
-            graphics=bytes(self._graphics),
-            crtc_index=self._crtc_index,
-            crtc=bytes(self._crtc),
-            attribute_index=self._attribute_index,
-            attribute_data=self._attribute_data,
-            attribute=bytes(self._attribute),
-            dac_mask=self._dac_mask,
-            dac_reading=self._dac_reading,
-            dac_read_index=self._dac_read_index,
-            dac_write_index=self._dac_write_index,
-            dac_component=self._dac_component,
-            dac_held=bytes(self._dac_held),
-            dac=bytes(self._dac),
-            latch=self.memory.latch,
-            dispi_index=self._dispi_index,
-            dispi=tuple(self._dispi),
-            shadow=self.memory.shadow,
-        )
+        return capture(VgaState, self, config=bytes(self.data), latch=self.memory.latch, shadow=self.memory.shadow)
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; video memory is restored by whoever restores memory, before this."""
@@ -470,27 +445,7 @@ class Vga(PciDevice):
         self.load_config(record.config)
 
     def _load(self, state: VgaState) -> None:
-        self._misc = state.misc
-        self._feature = state.feature
-        self._subsystem = state.subsystem
-        self._sequencer_index = state.sequencer_index
-        self._sequencer = bytearray(state.sequencer)
-        self._graphics_index = state.graphics_index
-        self._graphics = bytearray(state.graphics)
-        self._crtc_index = state.crtc_index
-        self._crtc = bytearray(state.crtc)
-        self._attribute_index = state.attribute_index
-        self._attribute_data = state.attribute_data
-        self._attribute = bytearray(state.attribute)
-        self._dac_mask = state.dac_mask
-        self._dac_reading = state.dac_reading
-        self._dac_read_index = state.dac_read_index
-        self._dac_write_index = state.dac_write_index
-        self._dac_component = state.dac_component
-        self._dac_held = bytearray(state.dac_held)
-        self._dac = bytearray(state.dac)
-        self._dispi_index = state.dispi_index
-        self._dispi = list(state.dispi)
+        assign(self, state, "config", "latch", "shadow")
         if not DISPI_FIRST_ID <= self._dispi[ID] <= DISPI_LAST_ID:
             self._dispi[ID] = DISPI_LAST_ID
         self._dispi[MEMORY_64K] = VRAM_SIZE >> 16

@@ -24,7 +24,9 @@ __all__ = [
     "StateRecord",
     "TimedDevice",
     "array",
+    "assign",
     "blob",
+    "capture",
     "expect",
     "fifo",
     "flag",
@@ -306,6 +308,33 @@ class BlockDevice(Device, Protocol):
 
     def write_block(self, offset: int, size: int, data: bytes) -> None:
         """Stores of ``size`` bytes each to the same register."""
+
+
+def capture(kind: type[S], device: object, /, **others: object) -> S:
+    """
+    A record of ``device``: a field's value is the attribute of its name after an underscore, or one of ``others``.
+
+    Bytes and tuples are copies of what the device changes in place (bytearrays, lists).
+    """
+    values: dict[str, Any] = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        if f.name in others:
+            values[f.name] = others[f.name]
+            continue
+        value = getattr(device, f"_{f.name}")
+        what = f.metadata["kind"]
+        values[f.name] = bytes(value) if what in ("blob", "fifo") else tuple(value) if what == "array" else value
+    return kind(**values)
+
+
+def assign(device: object, state: StateRecord, *others: str) -> None:
+    """Give ``device`` the attributes that :func:`capture` reads, but for ``others``; with copies of its own."""
+    for f in fields(state):  # type: ignore[arg-type]
+        if f.name not in others:
+            value = getattr(state, f.name)
+            what = f.metadata["kind"]
+            value = bytearray(value) if what in ("blob", "fifo") else list(value) if what == "array" else value
+            setattr(device, f"_{f.name}", value)
 
 
 def expect(kind: type[S], state: StateRecord) -> S:

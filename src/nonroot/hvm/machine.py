@@ -37,6 +37,9 @@ from nonroot.hvm.device import Device, StateError, TimedDevice
 from nonroot.hvm.dispatch import HANDLERS, VIRTUAL_TIME_HANDLERS
 from nonroot.hvm.dma import GuestDma
 from nonroot.hvm.firmware import Firmware, boot_files, boot_registers, firmware_items
+from nonroot.hvm.i8042 import COMMAND as I8042_COMMAND
+from nonroot.hvm.i8042 import DATA as I8042_DATA
+from nonroot.hvm.i8042 import I8042
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
 from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
@@ -48,7 +51,7 @@ from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
 from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
 from nonroot.hvm.pit import PORT_B, Pit
 from nonroot.hvm.ram import BoardRam, DirtyLog, close_files, create_ram, create_rom
-from nonroot.hvm.reset import I8042, I8042_COMMAND, I8042_DATA, PORT_A, RESET_CONTROL, ResetControl
+from nonroot.hvm.reset import PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
 from nonroot.hvm.shadow import SMRAM_SIZE, ShadowRam, SystemManagementRam
 from nonroot.hvm.smbios import smbios_files

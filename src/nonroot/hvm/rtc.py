@@ -9,7 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine, StateRecord, array, blob, expect, flag, i64, u8
+from nonroot.hvm.device import (
+    NO_EVENTS,
+    Clock,
+    Events,
+    IrqLine,
+    StateRecord,
+    array,
+    assign,
+    blob,
+    capture,
+    expect,
+    flag,
+    i64,
+    u8,
+)
 
 __all__ = ["CENTURY", "Rtc", "RtcState", "memory_registers"]
 
@@ -390,36 +404,14 @@ class Rtc:
 
     def state(self) -> RtcState:
         """Registers, memory and time."""
-        return RtcState(
-            index=self._index,
-            reg_a=self._reg_a,
-            reg_b=self._reg_b,
-            reg_c=self._reg_c,
-            epoch=self._epoch,
-            phase_ns=self._phase_ns,
-            seen_ns=self._seen_ns,
-            day_of_week_offset=self._day_of_week_offset,
-            stopped=self._stopped,
-            stopped_fields=tuple(self._stopped_fields),
-            nvram=bytes(self._nvram),
-        )
+        return capture(RtcState, self)
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; drives the interrupt line."""
         self._load(expect(RtcState, state))
 
     def _load(self, state: RtcState) -> None:
-        self._index = state.index
-        self._reg_a = state.reg_a
-        self._reg_b = state.reg_b
-        self._reg_c = state.reg_c
-        self._epoch = state.epoch
-        self._phase_ns = state.phase_ns
-        self._seen_ns = state.seen_ns
-        self._day_of_week_offset = state.day_of_week_offset
-        self._stopped = state.stopped
-        self._stopped_fields = list(state.stopped_fields)
-        self._nvram = bytearray(state.nvram)
+        assign(self, state)
         self._update()
 
 

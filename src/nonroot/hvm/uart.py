@@ -17,6 +17,8 @@ from nonroot.hvm.device import (
     Sink,
     StateError,
     StateRecord,
+    assign,
+    capture,
     expect,
     fifo,
     flag,
@@ -134,6 +136,7 @@ class Uart:
     _thre_pending: bool
     _timed_out: bool
     _timeout_at: int
+    _received: bytearray
     # Derived from the registers:
     _loopback: bool
     _plain_transmit: bool
@@ -162,7 +165,6 @@ class Uart:
         self._events = events
         self._wants_input = wants_input
         self._rx_timeout_ns = rx_timeout_ns
-        self._received: list[int] = []
         self._load(UartState())
 
     def reset(self) -> None:
@@ -332,42 +334,14 @@ class Uart:
 
     def state(self) -> UartState:
         """Everything the guest could notice."""
-        return UartState(
-            ier=self._ier,
-            fcr=self._fcr,
-            lcr=self._lcr,
-            mcr=self._mcr,
-            modem=self._modem,
-            delta=self._delta,
-            scr=self._scr,
-            dll=self._dll,
-            dlm=self._dlm,
-            overrun=self._overrun,
-            thre_pending=self._thre_pending,
-            timed_out=self._timed_out,
-            timeout_at=self._timeout_at,
-            received=bytes(self._received),
-        )
+        return capture(UartState, self)
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; drives the interrupt line."""
         self._load(expect(UartState, state))
 
     def _load(self, state: UartState) -> None:
-        self._ier = state.ier
-        self._fcr = state.fcr
-        self._lcr = state.lcr
-        self._mcr = state.mcr
-        self._modem = state.modem
-        self._delta = state.delta
-        self._scr = state.scr
-        self._dll = state.dll
-        self._dlm = state.dlm
-        self._overrun = state.overrun
-        self._thre_pending = state.thre_pending
-        self._timed_out = state.timed_out
-        self._timeout_at = state.timeout_at
-        self._received[:] = state.received
+        assign(self, state)
         self._derive()
         self._clock.rearm()
         self._update()
