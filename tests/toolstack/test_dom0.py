@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nonroot import guests
 from nonroot.api import Domain
 from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NotRunningError
@@ -75,7 +76,7 @@ def test_life_of_two_domains(nonroot: Run, tiny: str, folder: Path, tmp_path: Pa
     assert [entry.name for entry in registry.entries()] == ["beta", "gamma"]
     assert nonroot("create", "name=beta", f"kernel={tiny}", "memory=16").status == 125
     # What cannot be done yet is said of domains that there are.
-    assert "no ballooning yet" in nonroot("mem-set", "beta", "8m").err
+    assert "balloon driver" in nonroot("mem-set", "beta", "8m").err
     assert nonroot("mem-set", "beta", str(16 << 10)).status == 0
     assert "paravirtual disks" in nonroot("block-attach", "beta", "/x,raw,xvdb,w").err
     assert "no network yet" in nonroot("network-attach", "beta").err
@@ -258,3 +259,36 @@ def test_several_creations_at_once(nonroot: Run, tiny: str) -> None:
     assert set(states(nonroot)) == {"one", "two"}
     assert nonroot("shutdown", "-w", "--timeout", "0.5", "one").status == 124  # it does not heed its power button
     assert nonroot("destroy", "one").status == nonroot("destroy", "two").status == 0
+
+
+@pytest.mark.slow
+def test_debian_on_its_console(nonroot: Run) -> None:
+    """Debian's kernel by PVH: a shell on the console, left and found again, a reboot by the guest, its power-off."""
+    if not guests.linux(allow_fetch=False).is_linux:
+        pytest.skip("Debian's kernel has not been fetched")
+    assert nonroot("create", "name=debian", "memory=128").status == 0
+
+    def console(text: bytes, ends: bool = False) -> bytes:
+        command = [sys.executable, "-m", "nonroot", "console", "debian"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            seen = b""
+            while b"# " not in seen:
+                seen += os.read(process.stdout.fileno(), 4096)
+            process.stdin.write(text)
+            process.stdin.flush()
+            while b"done-42" not in seen and (data := os.read(process.stdout.fileno(), 4096)):
+                seen += data
+            if not ends:
+                process.terminate()
+            process.communicate(timeout=60)
+        return seen
+
+    assert b"done-42" in console(b"echo done-$((40+2))\n")
+    domain = nonroot("list", "--json").json[0]
+    assert b"done-42" in console(b"true\n")  # what is kept of the past
+    console(b"clear; reboot -f\n", ends=False)
+    until(lambda: [one["domid"] for one in nonroot("list", "--json").json] > [domain["domid"]], 60)
+    console(b"poweroff -f\n", ends=True)
+    until(lambda: not registry.entries(), 60)

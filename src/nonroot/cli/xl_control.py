@@ -13,7 +13,7 @@ from nonroot.errors import BadOptionError, NotRunningError, TransientError, Unsu
 
 __all__ = ["destroy", "mem_max", "mem_set", "pause", "reboot", "rename", "shutdown", "sysrq", "unpause"]
 
-NO_BALLOON = "its memory cannot be changed while it runs: nonroot has no ballooning yet; set memory= before its start"
+NO_BALLOON = "it cannot be limited to less than it has: set memory= before its start"
 
 
 @click.command(short_help="Stop a domain's time.", epilog="\b\nExample:\n  nonroot pause web")
@@ -48,13 +48,13 @@ def destroy(domain: str, as_json: bool) -> int:
 )
 @click.option("-w", "--wait", is_flag=True, help="Wait until it has shut down.")
 @click.option("-a", "--all", "everything", is_flag=True, help="All domains that `create` has made.")
-@click.option("-F", "acpi", is_flag=True, help="Accepted for xl's sake: the power button is pressed in any case.")
+@click.option("-F", "acpi", is_flag=True, help="Press the power button, even of a guest that listens to XenStore.")
 @click.option("--timeout", metavar="SECONDS", type=float, help="With -w: wait no longer.")
 @json_option
 @click.argument("domain", metavar="[DOMAIN]", required=False)
 def shutdown(wait: bool, everything: bool, acpi: bool, timeout: float | None, as_json: bool, domain: str | None) -> int:
-    """Press DOMAIN's power button. Whether the guest then shuts down is its own decision."""
-    return _ask("shutdown", domain, everything, wait, timeout, as_json)
+    """Ask DOMAIN to shut down: through XenStore, or by its power button. Whether it does is its own decision."""
+    return _ask("shutdown", domain, everything, wait, timeout, as_json, acpi=acpi)
 
 
 @click.command(
@@ -69,7 +69,7 @@ def shutdown(wait: bool, everything: bool, acpi: bool, timeout: float | None, as
 @json_option
 @click.argument("domain", metavar="[DOMAIN]", required=False)
 def reboot(wait: bool, everything: bool, force: bool, timeout: float | None, as_json: bool, domain: str | None) -> int:
-    """Press DOMAIN's power button; when the guest has powered off, do what on_reboot says: normally start it again.
+    """Ask DOMAIN to shut down; when it has, do what on_reboot says: normally start it again.
 
     A guest that asks for a reset itself, as `reboot` in it does, is restarted without this.
     """
@@ -172,14 +172,12 @@ def _size(text: str) -> int:
 
 
 @click.command("mem-set", short_help="Change a domain's memory.", epilog="\b\nExample:\n  nonroot mem-set web 512m")
+@json_option
 @domain_argument
 @click.argument("size", metavar="SIZE")
-def mem_set(domain: str, size: str) -> int:
-    """Set DOMAIN's memory to SIZE (KiB without a unit, as xl has it). Only the size that it has can be set yet."""
-    wanted, found = _size(size), find(domain)
-    if found.get("memory") == wanted:
-        return 0
-    return refuse(domain, NO_BALLOON)
+def mem_set(domain: str, size: str, as_json: bool) -> int:
+    """Ask DOMAIN to do with SIZE of memory (KiB without a unit, as xl has it), by its balloon driver."""
+    return act("set_memory", domain, as_json, bytes=_size(size))
 
 
 @click.command("mem-max", short_help="Limit a domain's memory.", epilog="\b\nExample:\n  nonroot mem-max web 1g")

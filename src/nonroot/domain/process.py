@@ -457,6 +457,37 @@ class DomainProcess(DisplayRequests):
         self._messages.say("power button pressed")
         return {}
 
+    def _do_shutdown(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        """Ask the guest to power off or to reboot: a Xen guest through XenStore, any other by its power button."""
+        how = params.get("how", "poweroff")
+        if how not in ("poweroff", "reboot"):
+            raise BadOptionError(f"a guest cannot be asked for {how!r}")
+        services = self._xen_services()
+        if services is None or params.get("acpi"):
+            return self._do_power_button(connection, request, params, blob) | {"by": "power button"}
+        services.shutdown(how)
+        self._messages.say(f"asked for {how} through XenStore")
+        return {"by": "xenstore"}
+
+    def _do_set_memory(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Ask the guest's balloon driver to leave it so many bytes."""
+        services, size = self._xen_services(), params.get("bytes")
+        if not isinstance(size, int) or size < 1 << 20:
+            raise BadOptionError("a guest cannot do with less than 1 MiB")
+        if services is None:
+            raise UnsupportedError(
+                "its memory cannot be changed while it runs: only guests with Xen's balloon driver can do that"
+            )
+        services.set_memory(size)
+        self._messages.say(f"asked for a memory of {size >> 20} MiB")
+        return {}
+
+    def _xen_services(self) -> Any:
+        """The domain's dealings with XenStore; None if it is not Xen's."""
+        return getattr(self._need(), "xen", None)
+
     def _do_reset(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._need().reset()
         self._messages.say("reset button pressed")

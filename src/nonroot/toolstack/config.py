@@ -273,6 +273,7 @@ class _Interpreter:
             cdroms=[disk.drive() for disk in cds],
             reboot=config.policy.on_reboot == "restart",
             display=config.kind == "hvm" or bool(self._all.get("vnc")),
+            xen=bool(self._number("nonroot_xen", 0)),
         )
 
     def _firmware(self, kind: str, kernel: str | None, bios: str) -> str | None:

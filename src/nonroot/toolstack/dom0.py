@@ -190,11 +190,10 @@ class DomainZero:
         return {}
 
     async def do_shutdown(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Press the power button."""
+        """Ask the guest to shut down: by XenStore or by its power button, which ``acpi`` insists on."""
         known = self._going(await self._domain(params))
         known.reboot_wanted = False
-        await self._press(known)
-        return {"domid": known.domid}
+        return {"domid": known.domid, "by": await self._ask_for("poweroff", known, bool(params.get("acpi")))}
 
     async def do_reboot(self, params: dict[str, Any]) -> dict[str, Any]:
         """Press the power button, and take the power-off for a reboot; with ``force`` reset it at once."""
@@ -203,15 +202,23 @@ class DomainZero:
             raise UnsupportedError(f"{known.name} was not made by nonroot create, so it cannot be restarted; see reset")
         if params.get("force"):
             await known.link.request("reset")
-        else:
-            known.reboot_wanted = True
-            await self._press(known)
-        return {"domid": known.domid}
+            return {"domid": known.domid, "by": "reset button"}
+        known.reboot_wanted = True
+        return {"domid": known.domid, "by": await self._ask_for("reboot", known, False)}
 
-    async def _press(self, known: Known) -> None:
+    async def do_set_memory(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Ask the guest to do with ``bytes`` of memory."""
+        known = self._going(await self._domain(params))
+        size = params.get("bytes")
+        if size == known.facts.get("memory"):
+            return {}
+        await known.link.request("set_memory", bytes=size)
+        return {}
+
+    async def _ask_for(self, how: str, known: Known, acpi: bool) -> str:
         if known.state in ("paused", "created"):
             raise NotRunningError(f"{known.name} is paused, so it cannot shut down; unpause it first")
-        await known.link.request("power_button")
+        return str((await known.link.request("shutdown", how=how, acpi=acpi)).get("by"))[:20]
 
     async def do_destroy(self, params: dict[str, Any]) -> dict[str, Any]:
         """End a domain at once."""
