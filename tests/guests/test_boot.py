@@ -1,6 +1,5 @@
 """Unmodified Debian kernels boot to userspace: every protocol, both sizes of memory, 64 and 32 bits."""
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ import pytest
 
 import nonroot
 from nonroot import _engine
-from nonroot.guests import Guest, cached, initramfs
+from nonroot.guests import Guest, initramfs
+from tests.needed import need
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -20,17 +20,6 @@ TROUBLE = re.compile(
     r"soft lockup|rcu: INFO|TSC unstable|clocksource.*unstable|Kernel panic"
 )
 """What a healthy kernel never says."""
-
-
-def need(flavour: str) -> Guest:
-    """The fetched guest; in CI its absence is a failure, elsewhere a reason to skip."""
-    guest = cached(flavour)
-    if guest is None:
-        message = f"Debian's {flavour} kernel has not been fetched (make guests)"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return guest
 
 
 @dataclass(frozen=True)

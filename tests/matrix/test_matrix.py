@@ -3,19 +3,18 @@
 The fast part boots boot loaders and Xen; whole systems are slow.
 """
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
-from nonroot.guests import Guest, cached
 from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.outcome import Reason
 from nonroot.testing import boot_images
 from tests.matrix import media, modes_guest
 from tests.matrix.conftest import Maker, fetched
 from tests.matrix.pc import Pc
+from tests.needed import need
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(1800)]
 
@@ -23,17 +22,6 @@ MIB = 1 << 20
 RESCUE = "usr/lib/grub-rescue/grub-rescue-"
 MEMTEST = "usr/lib/memtest86+/memtest86+"
 PROMPT = r"^(\S+ )?# "
-
-
-def need(flavour: str) -> Guest:
-    """The fetched guest; in CI its absence is a failure, elsewhere a reason to skip."""
-    guest = cached(flavour)
-    if guest is None:
-        message = f"Debian's {flavour} kernel has not been fetched (make matrix)"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return guest
 
 
 # ── boot loaders and what boots in a second ──
@@ -190,7 +178,7 @@ def run(pc: Pc, command: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["amd64", "686-pae", "686"])
 def test_debian_from_a_disk(make: Maker, flavour: str) -> None:
-    version = need(flavour).version
+    version = need(flavour, "make matrix").version
     disk = boot_images.debian_disk(flavour, modules=("button", "evdev", "i6300esb"))
     pc = make(disks=[f"{disk},overlay"], boot="c", memory=256 * MIB)
     pc.wait_screen("Debian on nonroot")
@@ -211,7 +199,7 @@ def test_debian_from_a_disk(make: Maker, flavour: str) -> None:
 
 @pytest.mark.slow
 def test_isolinux_and_the_power_button(make: Maker) -> None:
-    version = need("686").version
+    version = need("686", "make matrix").version
     pc = make(cd=boot_images.debian_cd("686", modules=("button", "evdev")), boot="d", memory=256 * MIB)
     pc.wait_serial("ISOLINUX 6", 60)
     pc.wait_serial("Linux version 6", 600)

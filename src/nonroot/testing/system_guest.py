@@ -158,39 +158,25 @@ bits 64
 start64:
 """
 
-_IDT32 = """
+_IDT_FILL = """
     mov edi, IDT
     mov edx, stubs
     mov ecx, 64
 idt_fill:
-    mov [edi], dx
-    mov word [edi + 2], CODE32
-    mov word [edi + 4], 0x8e00
+    mov [{entry}], dx
+    mov word [{entry} + 2], {code}
+    mov word [{entry} + 4], 0x8e00
     mov eax, edx
     shr eax, 16
-    mov [edi + 6], ax
-    add edi, 8
+    mov [{entry} + 6], ax
+    {upper}
+    add edi, {size}
     add edx, 16
     loop idt_fill
-    mov byte [IDT + 8 * RETURN + 5], 0xee
+    mov byte [IDT + {size} * RETURN + 5], 0xee
 """
-_IDT64 = """
-    mov edi, IDT
-    mov edx, stubs
-    mov ecx, 64
-idt_fill:
-    mov [rdi], dx
-    mov word [rdi + 2], CODE64
-    mov word [rdi + 4], 0x8e00
-    mov eax, edx
-    shr eax, 16
-    mov [rdi + 6], ax
-    mov qword [rdi + 8], 0
-    add edi, 16
-    add edx, 16
-    loop idt_fill
-    mov byte [IDT + 16 * RETURN + 5], 0xee
-"""
+_IDT32 = _IDT_FILL.format(entry="edi", size=8, code="CODE32", upper="")
+_IDT64 = _IDT_FILL.format(entry="rdi", size=16, code="CODE64", upper="mov qword [rdi + 8], 0")
 _TABLES_LOAD = """
     mov edi, tss + 0x68
     mov ecx, 129
