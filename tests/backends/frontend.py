@@ -198,7 +198,7 @@ class BlockFront:
         self.submit(request)
         number, operation, status = self.response()
         assert number == request.id
-        assert operation == (BlkifOp.INDIRECT if request.indirect is not None else request.operation)
+        assert operation == request.operation
         return status
 
     def _number(self) -> int:

@@ -148,8 +148,8 @@ def test_any_bytes_are_answered(tmp_path_factory: pytest.TempPathFactory, data: 
     front.ring.request(data[: abi.request_bytes])
     front.ring.push()
     number, operation, _ = front.response()
-    assert operation == data[0]
-    assert number == abi.parse(data).id
+    request = abi.parse(data)
+    assert (number, operation) == (request.id, request.operation)
     image.close()
 
 

@@ -99,8 +99,8 @@ class BlockConnection:
             except (GrantError, OSError):
                 status = BlkifStatus.ERROR
             self.refused += status is not BlkifStatus.OKAY
-            operation = BlkifOp.INDIRECT if request.indirect is not None else request.operation
-            ring.respond(self._abi.response(request.id, operation, status))
+            # An indirect request is answered as what it wraps: Linux's frontend insists.
+            ring.respond(self._abi.response(request.id, request.operation, status))
             if unpublished >= PUSH_BYTES:
                 unpublished = 0
                 if ring.push():

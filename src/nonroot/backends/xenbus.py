@@ -205,7 +205,7 @@ class BackendDevice:
             theirs = XenbusState(int(text)) if text and text.isdigit() and len(text) < 3 else XenbusState.UNKNOWN
         except ValueError:
             theirs = XenbusState.UNKNOWN
-        connected = self.state is XenbusState.CONNECTED
+        connected = bool(self._mapped)
         match theirs:
             case XenbusState.INITIALISING:
                 if connected:
@@ -247,6 +247,10 @@ class BackendDevice:
             with contextlib.suppress(GrantError):  # the domain is gone
                 self.access.grants.unmap(reference)
         self._mapped.clear()
+
+    def ask_to_close(self) -> None:
+        """Tell a connected frontend that the device is to go: it closes its end, and we follow."""
+        self._switch(XenbusState.CLOSING)
 
     def fail(self, reason: str) -> None:
         """End the connection because of what the frontend did."""

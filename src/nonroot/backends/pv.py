@@ -1,0 +1,195 @@
+"""A domain's paravirtual disks and network cards: made in XenStore, served by threads of its process.
+
+One thread hears the store and does the negotiations; each connected device has a thread of its own for its data. What
+is not memory-safe has processes of its own: libslirp (confined), and QEMU's storage daemon for images that are not raw.
+"""
+
+import contextlib
+import random
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.helper import Helper
+from nonroot.backends.link import Link
+from nonroot.backends.slirp import UserNetwork, start_user_network
+from nonroot.backends.vbd import BlockDevice, create_vbd, vdev_number
+from nonroot.backends.vif import NetDevice, create_vif, random_mac
+from nonroot.backends.xenbus import BackendDevice, XenbusState
+from nonroot.errors import BadOptionError, NotRunningError
+from nonroot.xen.backend import FrontendAccess
+from nonroot.xenstore.client import XenStore
+from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
+
+__all__ = ["PvDevice", "PvDevices"]
+
+LOOK_SECONDS: Final = 0.1
+"""How long at most something posted waits while the store is silent."""
+
+
+@dataclass(slots=True)
+class PvDevice:
+    """One device."""
+
+    kind: str
+    """``vbd`` or ``vif``."""
+    number: int
+    backend: BackendDevice
+    helper: Helper | None = None
+    """The process at the other end of a card's link, if it is ours alone."""
+
+    @property
+    def state(self) -> XenbusState:
+        """Of the backend."""
+        return self.backend.state
+
+
+class PvDevices:
+    """The devices of one domain. Methods: any thread."""
+
+    def __init__(self, store: XenStore, access: FrontendAccess) -> None:
+        """``store`` is used by this object's thread, and stays the caller's to close."""
+        self._store, self._access = store, access
+        self._devices: dict[tuple[str, int], PvDevice] = {}
+        self._posted: deque[Callable[[], object]] = deque()
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ── disks ──
+
+    def add_disk(self, vdev: str, drive: Drive, cdrom: bool = False) -> PvDevice:
+        """A disk by its name in the guest (``xvda``). BadOptionError, BadFileError, UnsupportedError."""
+        number = vdev_number(vdev)
+        self._check_free("vbd", number, f"there is a disk {vdev} already")
+        image = open_image(drive)
+        try:
+            path = create_vbd(self._store, self._access.domid, vdev, image, cdrom)
+            backend = BlockDevice(self._store, path, self._access, image, persistent=False, post=self._post)
+        except BaseException:
+            image.close()
+            raise
+        return self._add(PvDevice("vbd", number, backend))
+
+    def resized(self, vdev: str) -> None:
+        """Tell the guest that a disk's image has another size. NotRunningError if there is no such disk."""
+        device = self._find("vbd", vdev_number(vdev), f"there is no disk {vdev}")
+        if isinstance(device.backend, BlockDevice):
+            self._post(device.backend.resized)
+
+    # ── cards ──
+
+    def add_card(self, network: UserNetwork, mac: str | None = None, index: int | None = None) -> PvDevice:
+        """A card with the user's view of the network. SoftwareMissingError without libslirp; BadOptionError."""
+        sock, helper = start_user_network(network)
+        return self._add_card(sock, mac, index, helper)
+
+    def join(self, port: socket.socket, mac: str | None = None, index: int | None = None) -> PvDevice:
+        """A card at a port of a network between domains (:func:`nonroot.backends.switch.join_network`)."""
+        return self._add_card(port, mac, index, None)
+
+    def _add_card(self, sock: socket.socket, mac: str | None, index: int | None, helper: Helper | None) -> PvDevice:
+        link = Link(sock)
+        try:
+            with self._lock:
+                taken = {number for kind, number in self._devices if kind == "vif"}
+                number = min(set(range(len(taken) + 1)) - taken) if index is None else index
+                self._check_free("vif", number, f"there is a network card {number} already")
+                path = create_vif(self._store, self._access.domid, number, mac or random_mac(random.SystemRandom()))
+                backend = NetDevice(self._store, path, self._access, link, post=self._post)
+                return self._add(PvDevice("vif", number, backend, helper))
+        except BaseException:
+            link.close()
+            if helper is not None:
+                helper.close()
+            raise
+
+    # ── both ──
+
+    def devices(self) -> list[PvDevice]:
+        """All that there are."""
+        with self._lock:
+            return list(self._devices.values())
+
+    def remove(self, kind: str, number: int) -> None:
+        """Ask the guest to let go of a device; it is gone when the guest has. NotRunningError."""
+        device = self._find(kind, number, f"there is no {kind} {number}")
+        self._post(lambda: self._begin_removal(device))
+
+    def close(self) -> None:
+        """The domain is over. Safe to call again."""
+        with self._lock:
+            self._closing.set()
+            thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        with self._lock:
+            for device in self._devices.values():
+                self._end(device)
+            self._devices.clear()
+
+    def _check_free(self, kind: str, number: int, sentence: str) -> None:
+        with self._lock:
+            if (kind, number) in self._devices:
+                raise BadOptionError(sentence)
+
+    def _find(self, kind: str, number: int, sentence: str) -> PvDevice:
+        with self._lock:
+            device = self._devices.get((kind, number))
+        if device is None:
+            raise NotRunningError(sentence)
+        return device
+
+    def _add(self, device: PvDevice) -> PvDevice:
+        with self._lock:
+            self._devices[device.kind, device.number] = device
+            if self._thread is None and not self._closing.is_set():
+                self._thread = threading.Thread(target=self._run, name="nonroot-xenbus", daemon=True)
+                self._thread.start()
+        self._post(device.backend.start)
+        return device
+
+    def _post(self, call: Callable[[], object]) -> None:
+        self._posted.append(call)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                while self._posted:
+                    self._posted.popleft()()
+                self._store.dispatch(0.02 if self._posted else LOOK_SECONDS)
+                self._finish_removals()
+            except (XenStoreError, XenStoreLostError):
+                if self._closing.wait(LOOK_SECONDS):
+                    return
+
+    def _begin_removal(self, device: PvDevice) -> None:
+        backend = device.backend
+        self._store.write(f"{backend.path}/online", "0")
+        if backend.state is XenbusState.CONNECTED:
+            backend.ask_to_close()
+        else:
+            self._forget(device)
+
+    def _finish_removals(self) -> None:
+        for device in self.devices():
+            if device.state is XenbusState.CLOSED and self._store.read(f"{device.backend.path}/online") == "0":
+                self._forget(device)
+
+    def _forget(self, device: PvDevice) -> None:
+        with self._lock:
+            self._devices.pop((device.kind, device.number), None)
+        self._end(device)
+        with contextlib.suppress(XenStoreError):
+            self._store.rm(device.backend.path)
+            self._store.rm(device.backend.frontend)
+
+    def _end(self, device: PvDevice) -> None:
+        with contextlib.suppress(XenStoreError, XenStoreLostError, OSError):
+            device.backend.close()
+        if device.helper is not None:
+            device.helper.close()
