@@ -2,8 +2,8 @@
 
 Both boot the same uncompressed Debian kernel through PVH with the same initramfs; its /init loads ata_piix and reads
 the disk from the first byte to the last with dd, past its own page cache. The image is in the host's page cache, so
-that no real disk is measured. The figure is the time between the two lines that /init prints around the read. The two
-take turns. Prints a table and writes JSON with every run.
+that no real disk is measured. It is read five times in each boot; each figure is the time between the two lines that
+/init prints around a read. The two take turns. Prints a table and writes JSON with every run.
 
     python -m bench.disk                    five pairs of 256 MiB
     python -m bench.disk --pairs 1 --size 64
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from nonroot.testing.modules import modules_archive
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
-BEGIN, END = b"BENCH: begin", b"BENCH: end"
+MARK = re.compile(rb"BENCH: (begin|end) (\d+)\r?\n")
 INIT = """\
 #!/bin/sh
 mount -t proc proc /proc
@@ -43,9 +44,11 @@ mount -t sysfs sys /sys
 sh /etc/load-modules
 until test -b /dev/sda; do sleep 0.2; done
 sleep 1
-echo "BENCH: begin"
-dd if=/dev/sda of=/dev/null bs=1M iflag=direct
-echo "BENCH: end"
+for number in $(seq READS); do
+    echo "BENCH: begin $number"
+    dd if=/dev/sda of=/dev/null bs=1M iflag=direct 2>/dev/null
+    echo "BENCH: end $number"
+done
 poweroff -f
 """
 APPEND = "console=ttyS0 quiet cryptomgr.notests mitigations=off panic=-1"
@@ -56,29 +59,28 @@ QEMU_CPU = "max,-la57,-pku,-pks,-svm,-sha-ni,-3dnow,-3dnowext,-sse4a,-xsaves,+ts
 
 @dataclass(slots=True)
 class Run:
-    """One read; seconds."""
+    """One boot; seconds."""
 
     system: str
-    read: float
+    reads: list[float]
     cpu: float
     """Processor time of the process and its children, boot included."""
 
 
-def timed(system: str, command: list[str]) -> Run:
+def timed(system: str, command: list[str], reads: int) -> Run:
     """Run a command that boots the guest with its console on stdout."""
     before = os.times()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     output = b""
-    seen: dict[bytes, float] = {}
+    seen: dict[tuple[bytes, int], float] = {}
     try:
         while chunk := os.read(process.stdout.fileno(), 65536):
             output += chunk
             now = time.perf_counter() - started
-            for mark in (BEGIN, END):
-                if mark in output:
-                    seen.setdefault(mark, now)
+            for mark in MARK.finditer(output):
+                seen.setdefault((mark[1], int(mark[2])), now)
             if now > TIMEOUT:
                 sys.exit(f"bench: {system} did not end within {TIMEOUT:.0f} s; its console ends: {output[-300:]!r}")
         _, errors = process.communicate()
@@ -86,17 +88,17 @@ def timed(system: str, command: list[str]) -> Run:
         process.kill()
         process.wait()
     after = os.times()
-    if len(seen) < 2:
+    if len(seen) < 2 * reads:
         text = (output[-800:] + errors[-500:]).decode(errors="replace")
         sys.exit(f"bench: {system} ended with {process.returncode} and did not read the disk:\n{text}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(system, seen[END] - seen[BEGIN], cpu)
+    return Run(system, [seen[b"end", n] - seen[b"begin", n] for n in range(1, reads + 1)], cpu)
 
 
 class Bench:
     """The files and commands of one benchmark."""
 
-    def __init__(self, guest: Guest, size: int, folder: Path, engine: str) -> None:
+    def __init__(self, guest: Guest, size: int, folder: Path, engine: str, reads: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         image = parse_bzimage(guest.kernel.read_bytes())
         assert image.payload is not None, "Debian's kernels have a payload"
@@ -106,13 +108,14 @@ class Bench:
         self.initrd = folder / "initramfs-disk.cpio"
         busybox = guest.kernel.parents[1] / "bin" / "busybox"
         modules = modules_archive(guest.modules, ("ata_piix", "sd_mod"))
-        self.initrd.write_bytes(initramfs.build(busybox.read_bytes(), INIT) + modules)
+        self.initrd.write_bytes(initramfs.build(busybox.read_bytes(), INIT.replace("READS", str(reads))) + modules)
         self.disk = folder / "disk.img"
         with self.disk.open("wb") as file:
             for _ in range(size // MIB):
                 file.write(os.urandom(MIB))
             os.fsync(file.fileno())  # writing back would go on during the first runs
         self.engine = engine
+        self.reads = reads
 
     def warm(self) -> None:
         """Have the image in the host's page cache."""
@@ -123,18 +126,19 @@ class Bench:
     def nonroot(self) -> Run:
         command = [sys.executable, "-m", "nonroot", "run", "-q", "--engine", self.engine, "--memory", "128M"]
         command += ["--kernel", str(self.kernel), "--initrd", str(self.initrd), "--append", APPEND]
-        return timed("nonroot", [*command, "--disk", str(self.disk)])
+        return timed("nonroot", [*command, "--disk", str(self.disk)], self.reads)
 
     def qemu(self) -> Run:
         command = [QEMU, "-accel", "tcg,thread=single", "-M", "pc", "-cpu", QEMU_CPU, "-m", "128"]
         command += ["-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"]
         command += ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", APPEND]
-        return timed("QEMU", [*command, "-drive", f"file={self.disk},format=raw,if=ide"])
+        return timed("QEMU", [*command, "-drive", f"file={self.disk},format=raw,if=ide"], self.reads)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="how many runs of each (default 5)")
+    parser.add_argument("--pairs", type=int, default=5, help="how many boots of each (default 5)")
+    parser.add_argument("--reads", type=int, default=5, help="how many reads in a boot (default 5)")
     parser.add_argument("--size", type=int, default=256, help="MiB to read (default 256)")
     parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "disk.json")
@@ -148,7 +152,7 @@ def main() -> int:
         return 1
     with progress_bar() as progress:
         guest = fetch("cloud-amd64", progress=progress)
-    bench = Bench(guest, options.size * MIB, options.output.parent, options.engine)
+    bench = Bench(guest, options.size * MIB, options.output.parent, options.engine, options.reads)
     systems = {"nonroot": bench.nonroot, "qemu": bench.qemu}
     runs: list[Run] = []
     for number in range(options.pairs):
@@ -157,10 +161,11 @@ def main() -> int:
             bench.warm()
             run = systems[name]()
             runs.append(run)
-            print(f"{number + 1}/{options.pairs} {run.system}: {run.read:.2f} s", file=sys.stderr)
+            line = " ".join(f"{read:.2f}" for read in run.reads)
+            print(f"{number + 1}/{options.pairs} {run.system}: {line} s", file=sys.stderr)
     bench.disk.unlink()
     times = {
-        system: [run.read for run in runs if run.system == system]
+        system: [read for run in runs if run.system == system for read in run.reads]
         for system in dict.fromkeys(run.system for run in runs)
     }
     table = Table(
@@ -174,6 +179,7 @@ def main() -> int:
     report = {
         "machine": machine(),
         "size_mib": options.size,
+        "reads_in_a_boot": options.reads,
         "engine": options.engine,
         "qemu": {"version": qemu_version(), "cpu": QEMU_CPU} if options.only != "nonroot" else None,
         "kernel": guest.version,
@@ -182,7 +188,8 @@ def main() -> int:
         "runs": [asdict(run) for run in runs],
     }
     if len(times) == 2:
-        ratios = [mine / theirs for mine, theirs in zip(times["nonroot"], times["QEMU"], strict=True)]
+        middles = {system: [statistics.median(run.reads) for run in runs if run.system == system] for system in times}
+        ratios = [mine / theirs for mine, theirs in zip(middles["nonroot"], middles["QEMU"], strict=True)]
         report["ratios"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         print(f"nonroot takes {statistics.median(ratios):.2f} of QEMU's time (median over the pairs)")
     text = json.dumps(report, indent=1) + "\n"
