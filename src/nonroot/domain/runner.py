@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nonroot.devices.display import Console as Seated
 from nonroot.devices.ps2 import Ps2Controller
@@ -31,6 +31,9 @@ from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
 from nonroot.xen.config import XenConfig
+
+if TYPE_CHECKING:
+    from nonroot.domain.xen import XenServices
 
 __all__ = ["Runner", "Stop"]
 
@@ -81,6 +84,8 @@ class Runner:
             initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
         self._command_line = command_line(options)
         self.drives = Drives(options)
+        self.xen = _xen_services(options)
+        """The domain's dealings with XenStore, if it is Xen's."""
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
@@ -96,13 +101,18 @@ class Runner:
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
             random_seed=options.seed,
             engine_off=frozenset(options.off),
-            xen=XenConfig() if options.xen else None,
+            xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
         )
         outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
         try:
             self._machine = Machine(config, engine, outputs)
+            if self.xen is not None and self._machine.xen is not None:
+                self.xen.attach(self._machine.xen)
         except MemorySizeError as error:
             raise BadOptionError(str(error)) from None
+        finally:
+            if self.xen is not None and not self.xen.attached:
+                self.xen.close()
         self.seat = self._find_seat()
         """The screen and the keyboard; None if there is none."""
         self._eager = options.virtual_time
@@ -162,6 +172,11 @@ class Runner:
         self._state = "running"
         self._thread = threading.Thread(target=self._run, name="vcpu0", daemon=True)
         self._thread.start()
+
+    def close(self) -> None:
+        """The domain is over: nothing of it stays outside of this process."""
+        if self.xen is not None:
+            self.xen.close()
 
     def call(self, question: Callable[[], Any], answer: Answer) -> None:
         """Have ``question`` asked in the vCPU's thread; ``answer`` gets its result, or a NonrootError, in the loop."""
@@ -376,6 +391,15 @@ def command_line(options: DomainOptions) -> str:
     if options.agent:
         words.append(f"rdinit={AGENT_PATH}")
     return " ".join([*words, options.append]).strip()
+
+
+def _xen_services(options: DomainOptions) -> "XenServices | None":
+    if not options.xen:
+        return None
+    from nonroot.domain.xen import XenServices
+    from nonroot.xenstore.client import XenStore
+
+    return XenServices(XenStore(), options.memory)
 
 
 def _ask(question: Callable[[], Any]) -> Any:

@@ -240,16 +240,20 @@ class XenHost:
         """Bind to a port that the guest allocated for domain 0. Any thread."""
         return self.channels.bind_backend(remote_port, on_event)
 
-    def attach_store(self, feed: Callable[[bytes], object]) -> Callable[[bytes], object]:
+    def attach_store(
+        self, feed: Callable[[bytes], object], room: Callable[[], bool] = lambda: True
+    ) -> Callable[[bytes], object]:
         """
         Connect a XenStore server before the guest starts: ``feed`` takes the guest's bytes, in the vCPU's thread; what
-        is returned takes the server's, in any thread. RuntimeError if the domain has no ring for it.
+        is returned takes the server's, in any thread. While there is no ``room``, nothing is taken from the guest.
+
+        RuntimeError if the domain has no ring for it.
         """
         store = self.store
         if store is None:
             raise RuntimeError("this domain has no ring to XenStore")
         self._store_attached = True
-        store.attach(feed)
+        store.attach(feed, room)
         self._hvm.params[Param.STORE_PFN] = STORE_GFN
         self._hvm.params[Param.STORE_EVTCHN] = self._store_port.guest_port
         return lambda data: self._machine.in_thread(lambda: store.deliver(data))

@@ -33,15 +33,16 @@ class StoreRing:
         self.notify: Callable[[], object] = _nobody
         """Tells the guest; set when the event channel is bound."""
         self._feed: Callable[[bytes], object] | None = None
+        self._room: Callable[[], bool] = lambda: True
         self._words = words
         self._page = page
         self._requests = ByteRing(words, view[REQ : REQ + SIZE], page.plus(REQ_PROD), page.plus(REQ_CONS))
         self._replies = ByteRing(words, view[RSP : RSP + SIZE], page.plus(RSP_PROD), page.plus(RSP_CONS))
         self._waiting = bytearray()
 
-    def attach(self, feed: Callable[[bytes], object]) -> None:
-        """``feed`` takes the guest's bytes from now on."""
-        self._feed = feed
+    def attach(self, feed: Callable[[bytes], object], room: Callable[[], bool]) -> None:
+        """``feed`` takes the guest's bytes from now on, while there is ``room``."""
+        self._feed, self._room = feed, room
         self._words.store(self._page.plus(CONNECTION), CONNECTED)
         self.event()
 
@@ -52,14 +53,16 @@ class StoreRing:
     def event(self) -> None:
         """The guest has made a request, or read a reply."""
         self._push()
-        while self._feed is not None and len(self._waiting) < MAXIMUM_WAITING and (data := self._requests.take()):
+        if self._feed is None:
+            return
+        while self._room() and len(self._waiting) < MAXIMUM_WAITING and (data := self._requests.take()):
             self.notify()
             self._feed(data)
 
     def deliver(self, data: bytes) -> None:
         """Bytes of the store for the guest."""
         self._waiting += data
-        self._push()
+        self.event()
 
     def _push(self) -> None:
         done = self._replies.put(self._waiting)

@@ -1,0 +1,271 @@
+"""A Xen domain's dealings with XenStore: its number, its nodes, its ring, and the end of all that.
+
+Whoever makes a domain does here what Xen's toolstack does. Numbers of domains that are gone without having said so are
+found by the process that is noted for each, and given back.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from nonroot.errors import TransientError
+from nonroot.xen.config import LAST_DOMID
+from nonroot.xen.host import STORE_GFN, XenHost
+from nonroot.xenstore.client import XenStore
+from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
+from nonroot.xenstore.relay import Relay
+
+__all__ = ["StoreLink", "XenServices"]
+
+DOMAINS: Final = "/tool/nonroot/domain"
+"""Below it, for each domain: the process that has it."""
+READ_SIZE: Final = 1 << 16
+PATIENCE: Final = 2.0
+RETRIES: Final = 300
+RETRY_SECONDS: Final = 0.1
+OWN_NODES: Final = ("control/shutdown", "control/sysrq", "data", "drivers", "feature", "attr", "error")
+"""Nodes that the guest may write."""
+
+
+class StoreLink:
+    """
+    Carries the bytes of a domain's ring to XenStore's process and back, in a thread of its own.
+
+    If the process goes away and comes back, ``reconnect`` is asked for a new socket, and requests without an answer are
+    sent again.
+    """
+
+    def __init__(self, host: XenHost, sock: socket.socket, reconnect: Callable[[], socket.socket | None]) -> None:
+        """``sock``: connected to the store, as the domain. ``reconnect`` returns another such, or None for good."""
+        self._socket = sock
+        self._reconnect = reconnect
+        self._lock = threading.RLock()
+        self._out = bytearray()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = threading.Event()
+        self._relay = Relay(self._to_store, self._to_guest)
+        self._deliver = host.attach_store(self._from_guest, lambda: self._relay.room)
+        self._thread = threading.Thread(target=self._run, name="xenstore-ring", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No more is carried. Any thread."""
+        self._closing.set()
+        os.eventfd_write(self._wake, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(PATIENCE)
+
+    def _from_guest(self, data: bytes) -> None:
+        with self._lock:
+            self._relay.from_guest(data)
+
+    def _to_store(self, message: bytes) -> None:
+        self._out += message
+        os.eventfd_write(self._wake, 1)
+
+    def _to_guest(self, message: bytes) -> None:
+        self._deliver(message)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(OSError):
+                self._carry()
+            self._socket.close()
+            if self._closing.is_set() or self._relay.broken is not None:
+                return
+            replacement = self._reconnect()
+            if replacement is None:
+                return
+            self._socket = replacement
+            with self._lock:
+                self._out.clear()
+                self._relay.resend()
+
+    def _carry(self) -> None:
+        """Until the socket ends, or this is closed."""
+        sock = self._socket
+        sock.setblocking(False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake, selectors.EVENT_READ)
+            selector.register(sock, selectors.EVENT_READ)
+            while not self._closing.is_set():
+                with self._lock:
+                    if self._out:
+                        with contextlib.suppress(BlockingIOError):
+                            del self._out[: sock.send(self._out)]
+                    wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+                selector.modify(sock, wanted)
+                for key, mask in selector.select():
+                    if key.fileobj is sock and mask & selectors.EVENT_READ:
+                        data = sock.recv(READ_SIZE)
+                        if not data:
+                            return
+                        with self._lock:
+                            self._relay.from_store(data)
+                    elif key.fileobj == self._wake:
+                        os.eventfd_read(self._wake)
+
+
+class XenServices:
+    """A domain in XenStore. Made before its machine, for its number; :meth:`attach` connects the machine."""
+
+    def __init__(
+        self, store: XenStore, memory: int, name: str | None = None, domid: int = 0, path: str = DOMAINS
+    ) -> None:
+        """
+        ``memory``: bytes. ``name``: as tools show it. ``domid``: 0 takes a free number.
+
+        XenStoreError, XenStoreLostError; TransientError if there is no number.
+        """
+        self.store = store
+        self._tool = path
+        try:
+            self._sweep()
+            self.domid = self._take_number(domid)
+        except BaseException:
+            store.close()
+            raise
+        self.home = f"/local/domain/{self.domid}"
+        self._link: StoreLink | None = None
+        self._host: XenHost | None = None
+        self._closed = False
+        self._fill(name or f"domain{self.domid}", memory)
+
+    def attach(self, host: XenHost) -> None:
+        """Introduce the domain, and connect its ring. Before the guest starts."""
+        self._host = host
+        self._link = StoreLink(host, self._introduce(), self._introduce_again)
+
+    @property
+    def attached(self) -> bool:
+        """Whether a machine has been connected."""
+        return self._link is not None
+
+    def shutdown(self, how: str = "poweroff") -> None:
+        """Ask the guest to shut down: ``poweroff`` or ``reboot``."""
+        self.store.write(f"{self.home}/control/shutdown", how)
+
+    def set_memory(self, size: int) -> None:
+        """Ask the guest's balloon driver to leave it ``size`` bytes."""
+        self.store.write(f"{self.home}/memory/target", str(size >> 10))
+
+    def close(self) -> None:
+        """The domain is over; nothing of it stays. Any thread; closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._link is not None:
+            self._link.close()
+        with contextlib.suppress(XenStoreError, XenStoreLostError):
+            self._remove(self.domid)
+        self.store.close()
+
+    # ── inside ──
+
+    def _introduce(self) -> socket.socket:
+        host = self._host
+        assert host is not None
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self.store.introduce(self.domid, STORE_GFN, host.store_port, theirs)
+            except BaseException:
+                ours.close()
+                raise
+        return ours
+
+    def _introduce_again(self) -> socket.socket | None:
+        """XenStore's process has gone: it is started anew, by us or by somebody else."""
+        for _ in range(RETRIES):
+            if self._closed:
+                return None
+            try:
+                return self._introduce()
+            except XenStoreLostError:
+                time.sleep(RETRY_SECONDS)
+            except XenStoreError:
+                return None
+        return None
+
+    def _take_number(self, wanted: int) -> int:
+        for attempt in self.store.transaction():
+            with attempt as t:
+                taken = {int(name) for name in _names(t.ls, "/local/domain") if name.isdigit()}
+                candidates = [wanted] if wanted else range(1, LAST_DOMID + 1)
+                number = next((n for n in candidates if n not in taken), None)
+                if number is None:
+                    raise TransientError(
+                        f"there is a Xen domain {wanted} already"
+                        if wanted
+                        else "there are no numbers left for another Xen domain"
+                    )
+                t.write(f"{self._tool}/{number}", str(os.getpid()))
+                t.mkdir(f"/local/domain/{number}")
+        assert number is not None
+        return number
+
+    def _fill(self, name: str, memory: int) -> None:
+        home, domid = self.home, self.domid
+        readable = ["n0", f"r{domid}"]
+        kilobytes = str(memory >> 10)
+        nodes = {
+            "name": name,
+            "domid": str(domid),
+            "memory/target": kilobytes,
+            "memory/static-max": kilobytes,
+            "control/platform-feature-multiprocessor-suspend": "1",
+            "control/platform-feature-xs_reset_watches": "1",
+            "cpu/0/availability": "online",
+            "device": "",
+            "console/type": "xenconsoled",
+        }
+        for attempt in self.store.transaction():
+            with attempt as t:
+                t.set_permissions(home, readable)
+                for key, value in nodes.items():
+                    t.write(f"{home}/{key}", value)
+                for key in OWN_NODES:
+                    t.write(f"{home}/{key}", "")
+                    t.set_permissions(f"{home}/{key}", [f"n{domid}"])
+                for key in ("poweroff", "reboot", "suspend"):
+                    t.write(f"{home}/control/feature-{key}", "")
+                    t.set_permissions(f"{home}/control/feature-{key}", [f"n{domid}"])
+
+    def _sweep(self) -> None:
+        """Remove domains whose processes are gone."""
+        for name in _names(self.store.ls, self._tool):
+            pid = self.store.read(f"{self._tool}/{name}")
+            if name.isdigit() and pid is not None and pid.isdigit() and not _alive(int(pid)):
+                self._remove(int(name))
+
+    def _remove(self, domid: int) -> None:
+        with contextlib.suppress(XenStoreError):
+            self.store.release(domid)
+        for path in (f"/local/domain/{domid}", f"{self._tool}/{domid}"):
+            self.store.rm(path)
+        for kind in _names(self.store.ls, "/local/domain/0/backend"):
+            self.store.rm(f"/local/domain/0/backend/{kind}/{domid}")
+
+
+def _names(ls: Callable[[str], list[str]], path: str) -> list[str]:
+    try:
+        return ls(path)
+    except XenStoreError as error:
+        if error.name != "ENOENT":
+            raise
+        return []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
