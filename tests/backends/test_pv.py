@@ -7,8 +7,8 @@ import pytest
 
 from nonroot.backends.drive import Drive
 from nonroot.backends.link import link_pair
-from nonroot.backends.pv import PvDevices
 from nonroot.backends.xenbus import XenbusState
+from nonroot.domain.pv_devices import PvDevices
 from nonroot.errors import BadOptionError, NotRunningError
 from nonroot.xenstore.client import XenStore
 from tests.backends.ethernet import wait_until

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nonroot.backends.pv import PvDevices
 from nonroot.boot.cpio import Cpio
+from nonroot.domain.pv_devices import PvDevices
 from nonroot.domain.xen import XenServices
 from nonroot.engines import select
 from nonroot.guests import initramfs
