@@ -168,6 +168,19 @@ def test_barriers_and_flushes_with_data_write(tmp_path: Path) -> None:
     assert (tmp_path / "disk.img").read_bytes()[:8192] == b"\1" * 4096 + b"\2" * 4096
 
 
+def test_discarded_sectors_are_a_hole_of_the_file(tmp_path: Path) -> None:
+    image = disk(tmp_path)
+    front = BlockFront(Guest(), ABI64)
+    connect(image, front)
+    before = (tmp_path / "disk.img").stat().st_blocks
+    assert front.ask(BlkifRequest(BlkifOp.DISCARD, 6, 64, 1024)) == 0
+    assert front.read(64, 1024 * SECTOR) == bytes(1024 * SECTOR)
+    assert front.read(63, SECTOR) != bytes(SECTOR)
+    assert (tmp_path / "disk.img").stat().st_blocks <= before - 1024 + 16
+    assert image.size == SECTORS * SECTOR
+    image.close()
+
+
 def test_a_read_only_disk_refuses_writes(tmp_path: Path) -> None:
     image = disk(tmp_path, ",ro")
     front = BlockFront(Guest(), ABI64)
@@ -337,25 +350,23 @@ def test_a_ring_that_overflows_closes_the_device_with_a_reason(store: XenStore, 
 
 
 def test_a_disk_that_grows_tells_its_guest(store: XenStore, tmp_path: Path) -> None:
-    class Growing:
-        size, read_only = 1 << 20, False
-
-        def close(self) -> None:
-            pass
-
     guest = Guest()
-    image = Growing()
-    device = BlockDevice(store, create_vbd(store, guest.domid, "xvdd", image), guest, image)  # type: ignore[arg-type]
+    image = disk(tmp_path)
+    device = BlockDevice(store, create_vbd(store, guest.domid, "xvdd", image), guest, image)
     device.start()
     settle(store)
-    negotiate(store, device, BlockFront(guest, ABI64))
+    front = BlockFront(guest, ABI64)
+    negotiate(store, device, front)
+    assert back(store, device, "feature-discard") == "1"
     with store.watch(f"{device.path}/state") as watch:
         next(watch.events(1))
-        image.size = 2 << 20
+        os.truncate(tmp_path / "disk.img", 4 << 20)
         device.resized()
         assert next(watch.events(1)) == f"{device.path}/state"
-    assert back(store, device, "sectors") == "4096"
+    assert back(store, device, "sectors") == "8192"
     assert back(store, device, "state") == "4"
+    front.write(8184, b"new".ljust(4096))
+    assert front.read(8184, 4096).startswith(b"new")
     device.close()
 
 

@@ -1,14 +1,21 @@
 """Raw images: a regular file or a block device of the host, byte for byte."""
 
+import ctypes
 import errno
 import os
 import stat
+from typing import Final
 
 from nonroot.backends.image import whole_sectors
 from nonroot.backends.lock import lock_image
 from nonroot.errors import BadFileError
 
 __all__ = ["RawImage", "open_file"]
+
+PUNCH_HOLE: Final = 3
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, of linux/falloc.h."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_file(path: str, read_only: bool, what: str) -> int:
@@ -103,6 +110,19 @@ class RawImage:
             at += count
             view = view[count:]
         self._end = max(self._end, at)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Make a hole, which reads as zeros. OSError where the file system has none."""
+        if self._read_only:
+            raise OSError(errno.EROFS, "the image is read-only")
+        if _libc.fallocate(self._fd, PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(length)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def look_again(self) -> None:
+        """Take the file's size anew: somebody has made it longer, or shorter."""
+        self._end = os.lseek(self._fd, 0, os.SEEK_END)
+        self._size = whole_sectors(self._end)
 
     def flush(self) -> None:
         """fdatasync."""

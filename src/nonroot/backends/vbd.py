@@ -7,6 +7,7 @@ from nonroot.backends.blkback import MOST_INDIRECT, BlockConnection
 from nonroot.backends.blkif import ABIS, SECTOR
 from nonroot.backends.device_thread import DeviceThread
 from nonroot.backends.image import Image
+from nonroot.backends.raw import RawImage
 from nonroot.backends.ring import BackRing
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
 from nonroot.errors import BadOptionError
@@ -142,7 +143,9 @@ class BlockDevice(BackendDevice):
             self._ring = None
 
     def resized(self) -> None:
-        """Tell the guest the image's size, which has changed."""
+        """Tell the guest the image's size, which has changed; a raw image looks at its file."""
+        if isinstance(self.image, RawImage):
+            self.image.look_again()
         self.republish(self._size_keys())
 
     def release(self) -> None:
