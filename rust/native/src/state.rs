@@ -28,6 +28,8 @@ pub struct VectorState {
     pub ymm: [[u8; 32]; 16],
     /// x87 and MMX state as FXSAVE64 stores it; bytes from 24 to 32 and from 160 on are zero.
     pub fx: [u8; 512],
+    /// Makes `fx` an XSAVE area: says that its x87 component is there, and nothing else.
+    pub header: [u64; 8],
     /// MXCSR.
     pub mxcsr: u32,
 }
@@ -60,7 +62,7 @@ impl Default for VectorState {
     fn default() -> Self {
         let mut fx = [0u8; 512];
         fx[0..2].copy_from_slice(&FCW_INIT.to_le_bytes());
-        VectorState { ymm: [[0; 32]; 16], fx, mxcsr: MXCSR_INIT }
+        VectorState { ymm: [[0; 32]; 16], fx, header: [1, 0, 0, 0, 0, 0, 0, 0], mxcsr: MXCSR_INIT }
     }
 }
 
@@ -105,6 +107,11 @@ impl VectorState {
     /// Whether an unmasked x87 exception waits for the next waiting instruction (#MF).
     pub fn x87_pending(&self) -> bool {
         self.fsw() & fsw::ES != 0
+    }
+
+    /// Whether all x87 exceptions are masked, so that none is or becomes pending.
+    pub fn x87_masked(&self) -> bool {
+        self.fcw() & 0x3f == 0x3f && !self.x87_pending()
     }
 
     /// Makes the exception summary bits of FSW follow from its flags and FCW's masks.

@@ -6,6 +6,7 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 use nonroot_interpret::state::Mode;
+use nonroot_native::Class;
 
 /// The six status flags in iced's bits.
 pub const STATUS: u32 =
@@ -55,6 +56,12 @@ pub enum Kind {
     Leave,
     /// LEA.
     Lea,
+    /// BT, BTS, BTR, BTC of memory with the bit in a register, which may lie far from the operand.
+    BitString,
+    /// FLDCW.
+    LoadControl,
+    /// FNINIT.
+    InitX87,
     /// DIV, IDIV: what would fault goes to the interpreter.
     Divide {
         /// IDIV.
@@ -112,6 +119,10 @@ pub struct Guest {
     pub flags_changed: bool,
     /// 0: no vector registers; 1: SSE; 2: AVX.
     pub vectors: u8,
+    /// It works on the x87 or MMX registers.
+    pub x87: bool,
+    /// It sets the x87 instruction pointer, and if it has a memory operand the data pointer.
+    pub pointers: bool,
     /// How it changes RSP, if by a constant.
     pub stack_delta: Option<i32>,
     /// Bytes of its stack access at RSP (POP, RET) or below it (PUSH, CALL).
@@ -143,6 +154,8 @@ pub struct Abilities {
     pub avx: bool,
     /// Vector instructions are carried over.
     pub vectors: bool,
+    /// x87 and MMX instructions are carried over.
+    pub x87: bool,
     /// CLI, CLD and PUSHF are carried over.
     pub interrupt_flag: bool,
 }
@@ -170,6 +183,7 @@ fn implicit_rax(i: &Instruction) -> bool {
         Mul | Div | Idiv | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Cmpxchg | Cmpxchg8b | Cmpxchg16b | Lahf
         | Sahf | Pcmpestri | Pcmpestrm | Vpcmpestri | Vpcmpestrm => true,
         Imul => i.op_count() == 1,
+        Fnstsw => i.op0_kind() == OpKind::Register,
         _ => false,
     }
 }
@@ -251,7 +265,11 @@ fn host_has(i: &Instruction) -> bool {
             CpuidFeature::FMA => has!("fma"),
             CpuidFeature::F16C => has!("f16c"),
             CpuidFeature::CMPXCHG16B => has!("cmpxchg16b"),
-            CpuidFeature::INTEL8086
+            CpuidFeature::FPU
+            | CpuidFeature::FPU287
+            | CpuidFeature::FPU387
+            | CpuidFeature::MMX
+            | CpuidFeature::INTEL8086
             | CpuidFeature::INTEL8086_ONLY
             | CpuidFeature::INTEL186
             | CpuidFeature::INTEL286
@@ -335,6 +353,20 @@ fn vector(i: &Instruction, abilities: Abilities) -> u8 {
         EncodingKind::VEX if abilities.avx => 2,
         _ => 0,
     }
+}
+
+/// Whether an instruction on x87 or MMX registers is carried over; those that show or load the
+/// environment are not.
+fn x87(i: &Instruction, abilities: Abilities) -> Option<Class> {
+    use Mnemonic::*;
+    let class = nonroot_native::classify(i).filter(|_| abilities.x87 && host_has(i))?;
+    let carried = match class {
+        Class::X87 => !matches!(i.mnemonic(), Fneni | Fndisi | Fnsetpm | Fnstenv | Fldenv | Fnsave | Frstor),
+        Class::Wait | Class::Mmx => true,
+        Class::SseMmx => abilities.vectors,
+        _ => false,
+    };
+    carried.then_some(class)
 }
 
 fn alignment(i: &Instruction, size: usize) -> u8 {
@@ -507,7 +539,8 @@ pub fn guest(
     let memory = operand(i, mode).ok()?;
     let registers =
         || (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
-    let vectors = vector(i, abilities);
+    let x87 = x87(i, abilities);
+    let vectors = vector(i, abilities).max(u8::from(x87 == Some(Class::SseMmx)));
     let stack_width = |expected: i32| i.stack_pointer_increment() == expected;
     let kind = match i.mnemonic() {
         Nop | Endbr64 | Endbr32 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchw => Kind::Nop,
@@ -553,7 +586,17 @@ pub fn guest(
         {
             Kind::Return
         }
-        _ if vectors != 0 => Kind::Same,
+        Bt | Bts | Btr | Btc
+            if i.op0_kind() == OpKind::Memory
+                && i.op1_kind() == OpKind::Register
+                && memory.is_some_and(|m| !(long && m.short)) =>
+        {
+            Kind::BitString
+        }
+        Fldcw if x87.is_some() => Kind::LoadControl,
+        Fninit if x87.is_some() => Kind::InitX87,
+        Wait if x87.is_some() => Kind::Nop,
+        _ if vectors != 0 || x87.is_some() => Kind::Same,
         _ if general(i) && host_has(i) => Kind::Same,
         _ => return None,
     };
@@ -565,7 +608,9 @@ pub fn guest(
     }
     if kind == Kind::Same {
         // Segment, control and debug registers, high bytes.
-        let plain = |r: Register| number(r).is_some() || r.is_xmm() || r.is_ymm();
+        let plain = |r: Register| {
+            number(r).is_some() || r.is_xmm() || r.is_ymm() || x87.is_some() && (r.is_st() || r.is_mm())
+        };
         if !registers().all(plain) {
             return None;
         }
@@ -579,6 +624,9 @@ pub fn guest(
         flags_needed: false,
         flags_changed: false,
         vectors,
+        x87: x87.is_some(),
+        pointers: x87 == Some(Class::X87)
+            && !matches!(i.mnemonic(), Fninit | Fnclex | Fnstsw | Fnstcw | Fldcw),
         stack_delta: None,
         stack: Stack::None,
     };

@@ -5,6 +5,7 @@
 //! the other host registers hold the guest's ([`HOST_OF`]); RAX and R15 are scratch.
 
 use crate::assembler::{at, host, Assembler, Mem};
+use crate::x87;
 use nonroot_interpret::cpu::Cpu;
 use nonroot_interpret::tlb;
 use nonroot_native::VectorState;
@@ -80,7 +81,8 @@ pub struct Frame {
     pub segments: u8,
     /// An interrupt waits for RFLAGS.IF.
     pub pending: u8,
-    unused: u8,
+    /// 1: the x87 state is the guest's.
+    pub x87: u8,
     /// Linear bases of FS and GS.
     pub base: [u64; 2],
     /// Scratch.
@@ -127,6 +129,18 @@ pub struct Frame {
     pub granted: i32,
     /// Caller-saved registers around a call of Rust.
     pub saved: [u64; 8],
+    /// The guest's x87 instruction and data pointers while its x87 state is loaded.
+    pub x87_ip: u64,
+    /// See above.
+    pub x87_dp: u64,
+    /// Its last opcode.
+    pub x87_opcode: u32,
+    /// Host x87 control word.
+    pub host_control: u16,
+    /// The guest's, around a call of Rust.
+    pub guest_control: u16,
+    /// What `x87` may become.
+    pub x87_allowed: u8,
 }
 
 macro_rules! field {
@@ -150,7 +164,7 @@ pub fn segment_base(n: usize) -> Mem {
 }
 
 /// The same field seen from inside a called routine.
-fn below(m: Mem) -> Mem {
+pub(crate) fn below(m: Mem) -> Mem {
     Mem { disp: m.disp + 8, ..m }
 }
 
@@ -169,6 +183,8 @@ pub struct Routines {
     pub refill: usize,
     /// Gives the guest its vector registers.
     pub load_vectors: usize,
+    /// Gives the guest its x87 state.
+    pub load_x87: usize,
     /// Goes to the code of the instruction pointer in RAX, if it is known; flags are saved.
     pub jump: usize,
     /// Has [`Frame::callee`] interpreted, which is at [`Frame::offset`], and goes on; flags are saved.
@@ -241,6 +257,7 @@ fn registers_to_frame(a: &mut Assembler, avx: bool) {
             }
         }
     }
+    x87::store(a);
     a.mem(false, &[0x80], 7, field!(vectors)); // cmp byte [vectors], 0
     a.bytes(&[0]);
     let none = a.jcc(4);
@@ -358,11 +375,13 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) 
     store_vectors(a, host::RAX, avx, below(field!(mxcsr)));
     let here = a.here();
     a.fill(none, here);
+    x87::suspend(a);
     a.bytes(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
     a.bytes(&[0x48, 0xb8]); // mov rax, imm64
     a.bytes(&(refill as usize as u64).to_le_bytes());
     a.bytes(&[0xff, 0xd0]); // call rax
     a.bytes(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
+    x87::resume(a);
     a.reg(false, &[0x85], host::R15, host::R15);
     let none = a.jcc(4);
     a.load(true, host::RDX, below(field!(fpu)));
@@ -379,6 +398,10 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) 
     load_registers(a, host::RAX, avx);
     a.mem(false, &[0x0f, 0xb6], host::RAX, below(field!(vectors_allowed)));
     a.mem(false, &[0x88], host::RAX, below(field!(vectors))); // mov [vectors], al
+    a.bytes(&[0xc3]);
+
+    r.load_x87 = a.origin + a.here();
+    x87::load(a);
     a.bytes(&[0xc3]);
     r
 }

@@ -9,6 +9,7 @@
 //! * `analysis`: what an instruction reads, writes and needs;
 //! * `emit`: blocks of them as host code;
 //! * `frame`: the context of running code, how it is entered and left;
+//! * `x87`: how the x87 state is given to the guest and taken back;
 //! * `arena`: the memory that it is in;
 //! * `translator`: running, chaining, dropping.
 //!
@@ -23,6 +24,7 @@ mod emit;
 mod frame;
 pub mod switches;
 mod translator;
+mod x87;
 
 pub use switches::Switches;
 pub use translator::{available, Translator};

@@ -13,6 +13,8 @@ nonroot_interpret::optimisations! {
         page_groups = "page-groups";
         /// SSE and AVX instructions run as they are on the guest's vector registers.
         vectors = "vectors";
+        /// x87 and MMX instructions run as they are on the guest's x87 state.
+        x87 = "x87";
         /// CLI, STI, CLD, PUSHF, SWAPGS, STAC and CLAC run without leaving translated code.
         interrupt_flag = "interrupt-flag";
         /// Instructions that are not translated are interpreted without leaving translated code.

@@ -139,6 +139,8 @@ fn give_state(f: &mut Frame, cpu: &mut Cpu) {
     f.flags = (status as u16 & 0xff) << 8 | 2 << 8 | (status >> 11) as u16 & 1;
     f.vectors = 0;
     f.vectors_allowed = u8::from(sse) | u8::from(avx) << 1;
+    f.x87 = 0;
+    f.x87_allowed = u8::from(cpu.r.cr0 & (cr0::EM | cr0::TS) == 0 && cpu.fpu.x87_masked());
     f.granted = f.until.saturating_sub(cpu.retired).clamp(1, 1 << 30) as i32;
     f.budget = f.granted;
     f.code_page = cpu.r.rip & !0xfff;
@@ -196,7 +198,9 @@ impl Translator {
         arena.push(&[0xcc; 64]);
         arena.push(&a.code);
         let floor = arena.position();
-        let abilities = Abilities { avx, vectors: switches.vectors, interrupt_flag: switches.interrupt_flag };
+        let x87 = switches.x87 && std::arch::is_x86_feature_detected!("xsave");
+        let abilities =
+            Abilities { avx, vectors: switches.vectors, x87, interrupt_flag: switches.interrupt_flag };
         Ok(Translator {
             arena,
             stack: Stack::new()?,
@@ -547,6 +551,10 @@ impl Translator {
                 if a != b {
                     differences.push(format!("ymm{n}: translated {a:02x?}, interpreted {b:02x?}"));
                 }
+            }
+            let (a, b) = (&cpu.fpu.fx[..160], &judge.vectors.fx[..160]);
+            if a != b {
+                differences.push(format!("x87: translated {a:02x?}, interpreted {b:02x?}"));
             }
             for (host, new) in &judge.writes {
                 let mut now = vec![0; new.len()];

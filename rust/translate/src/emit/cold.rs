@@ -23,6 +23,8 @@ pub(super) enum Cold {
     Across { from: Hole, target: i32, flags: Flags },
     /// Vector registers are not the guest's yet.
     Vectors { from: Hole, again: usize, needed: u8, exit: SideExit },
+    /// The x87 state is not the guest's yet.
+    X87 { from: Hole, again: usize, exit: SideExit },
     /// An indirect target that may not be canonical.
     Indirect { from: Vec<Hole>, undo: i32, exit: SideExit },
 }
@@ -37,6 +39,8 @@ pub(super) struct SideExit {
     pub(super) done: i32,
     pub(super) counted: bool,
     pub(super) flags: Flags,
+    /// See [`Emitter::x87_ip`].
+    pub(super) x87_ip: Option<u16>,
 }
 
 impl Emitter<'_> {
@@ -52,6 +56,7 @@ impl Emitter<'_> {
             done: self.at as i32,
             counted: self.counted,
             flags: self.flags,
+            x87_ip: self.x87_ip,
         }
     }
 
@@ -59,6 +64,9 @@ impl Emitter<'_> {
         let adjust = exit.done - if exit.counted { self.count } else { 0 };
         if let Flags::Recipe(r) = exit.flags {
             self.cook(r);
+        }
+        if let Some(ip) = exit.x87_ip {
+            self.store_x87_ip(ip);
         }
         self.a.store_imm(field!(kind), exit.kind as i32);
         self.a.store_imm(field!(offset), i32::from(exit.offset));
@@ -126,6 +134,18 @@ impl Emitter<'_> {
                 self.a.bytes(&[if needed == 3 { 2 } else { 1 }]);
                 let hole = self.a.jcc(4);
                 self.a.call_to(self.routines.load_vectors);
+                let back = self.a.jmp();
+                self.a.fill(back, again);
+                let here = self.a.here();
+                self.a.fill(hole, here);
+                self.leave_with(exit);
+            }
+            Cold::X87 { from, again, exit } => {
+                self.a.fill(from, here);
+                self.a.mem(false, &[0xf6], 0, field!(x87_allowed)); // test byte [x87_allowed], 1
+                self.a.bytes(&[1]);
+                let hole = self.a.jcc(4);
+                self.a.call_to(self.routines.load_x87);
                 let back = self.a.jmp();
                 self.a.fill(back, again);
                 let here = self.a.here();

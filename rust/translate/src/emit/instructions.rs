@@ -26,6 +26,9 @@ impl Emitter<'_> {
             Kind::Nop => {}
             Kind::Same => self.same(g)?,
             Kind::Lea => self.lea(g)?,
+            Kind::BitString => self.bit_string(g)?,
+            Kind::LoadControl => self.load_control(g)?,
+            Kind::InitX87 => self.init_x87(),
             Kind::Push => self.push(g)?,
             Kind::Pop => self.pop(g)?,
             Kind::Leave => self.leave(),
@@ -93,6 +96,9 @@ impl Emitter<'_> {
         self.encode(g, place)?;
         if g.implicit_rax && g.writes & 1 != 0 {
             self.a.mov(host::R14, RAX);
+        }
+        if g.pointers {
+            self.x87_pointers(g);
         }
         self.flags_after(g);
         Ok(())

@@ -90,6 +90,14 @@ impl Emitter<'_> {
     /// Looks up `bytes` at `key` plus `disp`: RAX becomes their host address. The guest's flags are safe already.
     /// `wide`: the instruction itself needs less.
     pub(super) fn lookup(&mut self, key: &Key, disp: i32, bytes: u16, write: bool, wide: bool) {
+        self.check_segment(key);
+        let again = self.a.here();
+        self.address(key, disp);
+        self.probe(again, bytes, write, wide);
+    }
+
+    /// Leaves unless the segment is flat.
+    pub(super) fn check_segment(&mut self, key: &Key) {
         if key.segment != 0 && !self.long() {
             self.a.mem(false, &[0xf6], 0, field!(segments)); // test byte [segments], bit
             self.a.bytes(&[key.segment]);
@@ -97,8 +105,10 @@ impl Emitter<'_> {
             let exit = self.side_exit(exit::SINGLE);
             self.cold.push(Cold::Exit { from: vec![hole], exit });
         }
-        let again = self.a.here();
-        self.address(key, disp);
+    }
+
+    /// The rest of a lookup: RAX is a linear address, and becomes that of the host. `again` makes RAX anew.
+    pub(super) fn probe(&mut self, again: usize, bytes: u16, write: bool, wide: bool) {
         self.a.reg(false, &[0x8b], R15, RAX); // mov r15d, eax
         self.a.bytes(&[0x41, 0xc1, 0xef, 7]); // shr r15d, 7
         self.a.bytes(&[0x41, 0x81, 0xe7]); // and r15d, imm32
@@ -162,7 +172,10 @@ impl Emitter<'_> {
                     group.write |= write;
                 }
             };
-            if n > 0 && (g.implicit_rax || matches!(g.kind, Kind::HighByte | Kind::Divide { .. })) {
+            if n > 0
+                && (g.implicit_rax
+                    || matches!(g.kind, Kind::HighByte | Kind::Divide { .. } | Kind::BitString))
+            {
                 break;
             }
             if n > 0 {

@@ -7,11 +7,13 @@
 //! comparison is simply repeated). Nothing is saved that the next instruction to
 //! touch flags overwrites, except where an exit could come in between.
 
+mod bits;
 mod cold;
 mod flags;
 mod flow;
 mod instructions;
 mod memory;
+mod x87;
 
 use crate::analysis::{self, Abilities, Guest};
 use crate::assembler::{host, Assembler};
@@ -97,6 +99,8 @@ pub struct Emitter<'a> {
     block: u32,
     at: usize,
     entry: [Option<usize>; 2],
+    /// Offset in the page of the last x87 instruction, if the frame does not have it yet.
+    x87_ip: Option<u16>,
 }
 
 type Emitted<T = ()> = Result<T, String>;
@@ -151,6 +155,7 @@ impl<'a> Emitter<'a> {
             block,
             at: 0,
             entry: [None; 2],
+            x87_ip: None,
         }
     }
 
@@ -182,7 +187,8 @@ impl<'a> Emitter<'a> {
         self.entry[0] = Some(self.a.here());
         let vectors = self.guests.iter().map(|g| g.vectors).max().unwrap_or(0);
         // Whether the vector registers are the guest's is looked at first, which takes the flags.
-        let event = if vectors == 0 { self.first_event() } else { Event::Spoil };
+        let x87 = self.guests.iter().any(|g| g.x87);
+        let event = if vectors == 0 && !x87 { self.first_event() } else { Event::Spoil };
         match event {
             Event::Spoil => {
                 frame::save_flags(&mut self.a);
@@ -196,6 +202,9 @@ impl<'a> Emitter<'a> {
         }
         if vectors != 0 {
             self.check_vectors(if vectors == 2 { 3 } else { 1 });
+        }
+        if x87 {
+            self.check_x87();
         }
         let guests = self.guests;
         let mut ended = false;
