@@ -267,28 +267,37 @@ def test_debian_on_its_console(nonroot: Run) -> None:
     if not guests.linux(allow_fetch=False).is_linux:
         pytest.skip("Debian's kernel has not been fetched")
     assert nonroot("create", "name=debian", "memory=128").status == 0
+    first = int(nonroot("domid", "debian").out)
 
-    def console(text: bytes, ends: bool = False) -> bytes:
-        command = [sys.executable, "-m", "nonroot", "console", "debian"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            seen = b""
-            while b"# " not in seen:
-                seen += os.read(process.stdout.fileno(), 4096)
-            process.stdin.write(text)
-            process.stdin.flush()
-            while b"done-42" not in seen and (data := os.read(process.stdout.fileno(), 4096)):
+    def console(*options: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "nonroot", "console", *options, "debian"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def read(process: "subprocess.Popen[bytes]", *marks: bytes) -> None:
+        assert process.stdout is not None
+        seen = b""
+        for mark in marks:
+            while mark not in seen:
+                data = os.read(process.stdout.fileno(), 4096)
+                assert data, seen
                 seen += data
-            if not ends:
-                process.terminate()
-            process.communicate(timeout=60)
-        return seen
+            seen = seen.partition(mark)[2]
 
-    assert b"done-42" in console(b"echo done-$((40+2))\n")
-    domain = nonroot("list", "--json").json[0]
-    assert b"done-42" in console(b"true\n")  # what is kept of the past
-    console(b"clear; reboot -f\n", ends=False)
-    until(lambda: [one["domid"] for one in nonroot("list", "--json").json] > [domain["domid"]], 60)
-    console(b"poweroff -f\n", ends=True)
+    def write(process: "subprocess.Popen[bytes]", text: bytes) -> None:
+        assert process.stdin is not None
+        process.stdin.write(text)
+        process.stdin.flush()
+
+    with console() as process:
+        read(process, b"is up", b"# ")
+        write(process, b"echo done-$((40+2))\n")
+        read(process, b"done-42")
+        process.terminate()
+    with console() as process:
+        read(process, b"is up", b"done-42", b"# ")  # what is kept of the past
+        write(process, b"reboot -f\n")
+        read(process, b"is up", b"# ")
+        assert int(nonroot("domid", "debian").out) > first
+        process.communicate(b"poweroff -f\n", timeout=60)
+        assert process.returncode == 0
     until(lambda: not registry.entries(), 60)
