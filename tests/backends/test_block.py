@@ -137,7 +137,7 @@ def test_wrong_requests_are_answered_with_errors(tmp_path: Path) -> None:
 
 
 @given(st.binary(min_size=112, max_size=112), st.sampled_from(list(ABIS)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_bytes_are_answered(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
     folder = tmp_path_factory.mktemp("garbage")
     (folder / "disk.img").write_bytes(bytes(1 << 16))
@@ -256,7 +256,7 @@ def negotiate(store: XenStore, device: BlockDevice, front: BlockFront, **keys: s
 
 
 def settle(store: XenStore) -> None:
-    while store.dispatch(0.05):
+    while store.dispatch(0.02):
         pass
 
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +34,7 @@ from nonroot.backends.ring import BackRing, RingError
 from nonroot.backends.slirp import UserNetwork, start_user_network
 from nonroot.backends.vif import NetDevice, check_mac, create_vif
 from nonroot.errors import BadOptionError
+from nonroot.xenstore.client import XenStore
 from tests.backends.ethernet import Host, ipv4, is_right, wait_until, with_checksum
 from tests.backends.frontend import Guest, NetFront, xenstore
 
@@ -100,7 +100,7 @@ def test_the_merger_keeps_order_and_other_streams_apart() -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 3), st.integers(0, 2), st.integers(0, 65535))
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_any_frame_can_be_cut_completed_and_merged(data: bytes, flags: int, kind: int, size: int) -> None:
     for head in (b"", MAC + MAC + b"\x08\x00\x45", MAC + MAC + b"\x86\xdd\x60", tcp_frame(b"")[:50]):
         frame = Frame(head + data, flags, kind, size if kind else 0)
@@ -264,7 +264,7 @@ def test_what_no_frontend_does_by_mistake_ends_the_connection(slots: list[bytes]
     st.lists(st.binary(min_size=12, max_size=12), min_size=1, max_size=40),
     st.binary(min_size=16, max_size=16) | st.none(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_slots_and_indices_are_contained(slots: list[bytes], indices: bytes | None) -> None:
     with connected() as (front, connection, far):
         far.send(Frame(MAC + MAC + b"\x88\xb5" + bytes(5000)))
@@ -281,9 +281,15 @@ def test_any_slots_and_indices_are_contained(slots: list[bytes], indices: bytes 
 # ── as a device ──
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XenStore]:
+    with xenstore(tmp_path_factory.mktemp("xenstore")) as client:
+        yield client
+
+
 @pytest.mark.parametrize("split", [False, True])
-def test_a_guest_behind_the_rings_reaches_the_network(tmp_path: Path, split: bool) -> None:
-    data = os.urandom(400_000)
+def test_a_guest_behind_the_rings_reaches_the_network(store: XenStore, split: bool) -> None:
+    data = os.urandom(200_000)
     got = bytearray()
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -295,34 +301,33 @@ def test_a_guest_behind_the_rings_reaches_the_network(tmp_path: Path, split: boo
 
     server = threading.Thread(target=serve)
     server.start()
-    with xenstore(tmp_path) as store:
-        sock, helper = start_user_network(UserNetwork(host_loopback=True))
-        guest = Guest(3000)
-        guest._refs = list(range(8, 512))
-        device = NetDevice(store, create_vif(store, guest.domid, 0, "00:16:3E:00:00:01"), guest, Link(sock))
-        device.start()
-        store.dispatch(0.1)
-        assert store.read(f"{device.path}/feature-rx-copy") == "1"
-        front = NetFront(guest, split=split)
-        for key, value in {**front.keys(), "state": "4"}.items():
-            store.write(f"{device.frontend}/{key}", value)
-        while store.dispatch(0.05):
-            pass
-        assert device.failure == ""
-        assert store.read(f"{device.path}/state") == "4"
-        host = Host(FrontLink(front), MAC)  # type: ignore[arg-type]
-        assert host.dhcp()[1] == b"\xff\xff\xff\x00"
-        assert host.exchange("10.0.2.2", listener.getsockname()[1], data[::-1], size=16_000) == data
-        server.join()
-        assert bytes(got) == data[::-1]
-        assert host.superframes > 5
-        store.write(f"{device.frontend}/state", "6")
-        while store.dispatch(0.05):
-            pass
-        assert store.read(f"{device.path}/state") == "6"
-        assert not guest.mapped
-        device.close()
-        assert helper.close() == 0
+    sock, helper = start_user_network(UserNetwork(host_loopback=True))
+    guest = Guest(3000)
+    guest._refs = list(range(8, 512))
+    device = NetDevice(store, create_vif(store, guest.domid, 0, "00:16:3E:00:00:01"), guest, Link(sock))
+    device.start()
+    store.dispatch(0.02)
+    assert store.read(f"{device.path}/feature-rx-copy") == "1"
+    front = NetFront(guest, split=split)
+    for key, value in {**front.keys(), "state": "4"}.items():
+        store.write(f"{device.frontend}/{key}", value)
+    while store.dispatch(0.02):
+        pass
+    assert device.failure == ""
+    assert store.read(f"{device.path}/state") == "4"
+    host = Host(FrontLink(front), MAC)  # type: ignore[arg-type]
+    assert host.dhcp()[1] == b"\xff\xff\xff\x00"
+    assert host.exchange("10.0.2.2", listener.getsockname()[1], data[::-1], size=16_000) == data
+    server.join()
+    assert bytes(got) == data[::-1]
+    assert host.superframes > 5
+    store.write(f"{device.frontend}/state", "6")
+    while store.dispatch(0.02):
+        pass
+    assert store.read(f"{device.path}/state") == "6"
+    assert not guest.mapped
+    device.close()
+    assert helper.close() == 0
 
 
 class FrontLink:
@@ -378,23 +383,22 @@ class FrontLink:
     ({"rx-ring-ref": "511"}, "ring cannot be mapped"),
     ({"event-channel": "99"}, "event channel cannot be bound"),
 ])  # fmt: skip
-def test_what_a_frontend_cannot_want(tmp_path: Path, keys: dict[str, str], reason: str) -> None:
-    with xenstore(tmp_path) as store:
-        guest = Guest()
-        ours, theirs = link_pair()
-        device = NetDevice(store, create_vif(store, guest.domid, 0, "00:16:3e:00:00:01"), guest, Link(ours))
-        device.start()
-        store.dispatch(0.1)
-        front = NetFront(guest, 10)
-        for key, value in {**front.keys(), **keys, "state": "4"}.items():
-            store.write(f"{device.frontend}/{key}", value)
-        while store.dispatch(0.05):
-            pass
-        assert reason in device.failure
-        assert store.read(f"{device.path}/state") == "5"
-        assert not guest.mapped
-        device.close()
-        theirs.close()
+def test_what_a_frontend_cannot_want(store: XenStore, keys: dict[str, str], reason: str) -> None:
+    guest = Guest()
+    ours, theirs = link_pair()
+    device = NetDevice(store, create_vif(store, guest.domid, 0, "00:16:3e:00:00:01"), guest, Link(ours))
+    device.start()
+    store.dispatch(0.02)
+    front = NetFront(guest, 10)
+    for key, value in {**front.keys(), **keys, "state": "4"}.items():
+        store.write(f"{device.frontend}/{key}", value)
+    while store.dispatch(0.02):
+        pass
+    assert reason in device.failure
+    assert store.read(f"{device.path}/state") == "5"
+    assert not guest.mapped
+    device.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize("text", ["", "00:16:3e:00:00", "01:16:3e:00:00:01", "00:16:3e:00:00:0g", "00-16-3e-00-00-01"])
