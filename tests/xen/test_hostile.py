@@ -18,7 +18,7 @@ calls = st.tuples(st.sampled_from(NUMBERS), st.integers(0, 26), st.lists(words, 
 arguments = st.lists(st.one_of(st.integers(0, 40), words), max_size=10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.booleans(), st.lists(st.tuples(calls, arguments), min_size=1, max_size=12))
 def test_nothing_that_a_guest_says_breaks_its_hypervisor(long: bool, script: list[tuple]) -> None:  # type: ignore[type-arg]
     domain = Domain(long)
@@ -42,7 +42,7 @@ def test_nothing_that_a_guest_says_breaks_its_hypervisor(long: bool, script: lis
     domain.map_shared_info()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.binary(min_size=16, max_size=16), st.binary(min_size=24, max_size=24))
 def test_rings_with_impossible_indices_do_no_harm(console: bytes, store: bytes) -> None:
     domain = Domain()
