@@ -194,7 +194,12 @@ def _on_stop(stopped: threading.Event) -> Callable[[dict[str, Any]], None]:
 
 def _until(watch: _Watch, over: threading.Event) -> None:
     """Wait for the domain's end or the user's."""
-    threading.Thread(target=lambda: (watch.done.wait(), over.set()), name="nonroot-over", daemon=True).start()
+
+    def pass_on() -> None:
+        watch.done.wait()
+        over.set()
+
+    threading.Thread(target=pass_on, name="nonroot-over", daemon=True).start()
     while not over.wait(1):
         pass  # in steps, so that signals are seen
     if watch.done.is_set():

@@ -174,7 +174,7 @@ class _Interpreter:
             return default
         if isinstance(value, str):
             try:
-                value = int(value, 0)
+                return int(value, 0)
             except ValueError:
                 raise BadOptionError(f"{name} must be a number, not {value[:40]!r}") from None
         if isinstance(value, list):
@@ -185,7 +185,7 @@ class _Interpreter:
         value = self._take(name)
         if value is None or value == "":
             return []
-        values = value if isinstance(value, list) else [value]
+        values: list[Value] = value if isinstance(value, list) else [value]
         texts = [one for one in values if isinstance(one, str)]
         if len(texts) != len(values):
             raise BadOptionError(f"{name} must be a list of strings")
