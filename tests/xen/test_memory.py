@@ -69,7 +69,7 @@ def test_memory_map_is_the_machines(long: bool) -> None:
     result, data = domain.call_with(12, 9, domain.abi.memory_map.pack(32, LIST))
     entries = domain.map.e820()
     assert result == 0
-    assert domain.abi.memory_map.unpack(data)[0] == len(entries)
+    assert domain.abi.memory_map.unpack(data)[0] == len(entries) + 1  # no gap where the board has something
     assert domain.memory.read(LIST, 20) == struct.pack("<QQI", entries[0].base, entries[0].length, 1)
     assert domain.call_with(12, 9, domain.abi.memory_map.pack(1, LIST))[0] == -22
 

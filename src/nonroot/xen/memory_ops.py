@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from nonroot.hvm.memory_map import MemoryMap
+from nonroot.hvm.memory_map import FIRMWARE_START, VGA_START, E820Entry, E820Type, MemoryMap
 from nonroot.xen.abi import (
     DOMID_SELF,
     MEMOP_CMD_BITS,
@@ -161,7 +161,9 @@ class MemoryOps:
 
     def _memory_map(self, call: Call) -> int:
         room, buffer = call.abi.memory_map.unpack(call.read(call.args[1], call.abi.memory_map.size))
-        entries = self._map.e820()
+        # GRUB puts shared pages into the first gap: the board's own must not look like one.
+        board = E820Entry(VGA_START, FIRMWARE_START - VGA_START, E820Type.RESERVED)
+        entries = sorted([*self._map.e820(), board], key=lambda entry: entry.base)
         if room < len(entries):
             raise HypercallError(Errno.EINVAL)
         call.write(buffer, b"".join(E820_ENTRY.pack(e.base, e.length, e.type) for e in entries))
