@@ -1,10 +1,12 @@
 """Debian's kernel with its own paravirtual drivers: a disk, and a network."""
 
+import contextlib
 import hashlib
 import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,10 +110,16 @@ leave $(ifconfig eth0 | grep -o 'inet addr:[0-9.]*') $(cat /tmp/word)
 
     def knock() -> None:
         guest.wait_for("listening\n", 100)
-        with socket.create_connection(("127.0.0.1", published), timeout=20) as peer:
-            peer.sendall(b"hello, guest\n")
-            peer.shutdown(socket.SHUT_WR)
-            answers.append(peer.makefile("rb").read())
+        for _ in range(60):  # its nc may not listen yet: then the connection is closed at once
+            with (
+                contextlib.suppress(ConnectionError),
+                socket.create_connection(("127.0.0.1", published), timeout=20) as peer,
+            ):
+                peer.sendall(b"hello, guest\n")
+                answers[:] = [peer.makefile("rb").readline()]
+            if answers == [b"hello, host\n"]:
+                return
+            time.sleep(0.5)
 
     knocker = threading.Thread(target=knock, daemon=True)
     knocker.start()

@@ -5,7 +5,9 @@ is not memory-safe has processes of its own: libslirp (confined), and QEMU's sto
 """
 
 import contextlib
+import os
 import random
+import select
 import socket
 import threading
 from collections import deque
@@ -27,8 +29,8 @@ from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
 
 __all__ = ["PvDevice", "PvDevices"]
 
-LOOK_SECONDS: Final = 0.1
-"""How long at most something posted waits while the store is silent."""
+RETRY_SECONDS: Final = 0.1
+"""After the store could not be reached."""
 
 
 @dataclass(slots=True)
@@ -52,12 +54,13 @@ class PvDevices:
     """The devices of one domain. Methods: any thread."""
 
     def __init__(self, store: XenStore, access: FrontendAccess) -> None:
-        """``store`` is used by this object's thread, and stays the caller's to close."""
+        """``store``: a connection that nobody else uses meanwhile; it stays the caller's to close."""
         self._store, self._access = store, access
         self._devices: dict[tuple[str, int], PvDevice] = {}
         self._posted: deque[Callable[[], object]] = deque()
         self._lock = threading.RLock()
         self._closing = threading.Event()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
 
     # ── disks ──
@@ -123,7 +126,10 @@ class PvDevices:
     def close(self) -> None:
         """The domain is over. Safe to call again."""
         with self._lock:
+            if self._closing.is_set():
+                return
             self._closing.set()
+            os.eventfd_write(self._wake, 1)
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -131,6 +137,8 @@ class PvDevices:
             for device in self._devices.values():
                 self._end(device)
             self._devices.clear()
+            os.close(self._wake)
+            self._wake = -1
 
     def _check_free(self, kind: str, number: int, sentence: str) -> None:
         with self._lock:
@@ -155,16 +163,25 @@ class PvDevices:
 
     def _post(self, call: Callable[[], object]) -> None:
         self._posted.append(call)
+        with self._lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
                 while self._posted:
                     self._posted.popleft()()
-                self._store.dispatch(0.02 if self._posted else LOOK_SECONDS)
                 self._finish_removals()
+                if self._store.dispatch(0.0):
+                    continue  # what was called made requests, which may have taken further events
+                # Events that another thread's request takes are followed by what that thread posts.
+                if not self._posted:
+                    select.select([self._store.fileno(), self._wake], [], [])
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
             except (XenStoreError, XenStoreLostError):
-                if self._closing.wait(LOOK_SECONDS):
+                if self._closing.wait(RETRY_SECONDS):
                     return
 
     def _begin_removal(self, device: PvDevice) -> None:
