@@ -9,6 +9,10 @@ nonroot_interpret::optimisations! {
         jump_lookup = "jump-lookup";
         /// Status flags that can be made again from registers are not saved.
         flag_recipes = "flag-recipes";
+        /// Flags that rotations, INC, DEC and shifts by CL leave alone are not restored for them.
+        flag_overlays = "flag-overlays";
+        /// Guest registers without a host register are loaded only where they must be.
+        spilled_operands = "spilled-operands";
         /// One TLB lookup serves accesses of a block that are near each other.
         page_groups = "page-groups";
         /// SSE and AVX instructions run as they are on the guest's vector registers.

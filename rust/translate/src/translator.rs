@@ -351,6 +351,8 @@ impl Translator {
             lookup: self.switches.jump_lookup,
             recipes: self.switches.flag_recipes,
             groups: self.switches.page_groups && groups,
+            spilled: self.switches.spilled_operands,
+            overlays: self.switches.flag_overlays,
         };
         let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
         let place = emit::Place { start, origin, first_link, block };

@@ -1,6 +1,6 @@
 //! Code that runs rarely, after the rest of the block: refills, exits, jumps not chained yet.
 
-use super::flags::Flags;
+use super::flags::{Flags, Recipe};
 use super::{Emitter, Link, R15, RAX};
 use crate::assembler::{at, Hole};
 use crate::frame::{exit, field};
@@ -25,6 +25,8 @@ pub(super) enum Cold {
     Vectors { from: Hole, again: usize, needed: u8, exit: SideExit },
     /// The x87 state is not the guest's yet.
     X87 { from: Hole, again: usize, exit: SideExit },
+    /// A shift by no bits, which leaves the flags.
+    NoShift { from: Hole, again: usize, flags: Recipe },
     /// An indirect target that may not be canonical.
     Indirect { from: Vec<Hole>, undo: i32, exit: SideExit },
 }
@@ -151,6 +153,12 @@ impl Emitter<'_> {
                 let here = self.a.here();
                 self.a.fill(hole, here);
                 self.leave_with(exit);
+            }
+            Cold::NoShift { from, again, flags } => {
+                self.a.fill(from, here);
+                self.cook(flags);
+                let back = self.a.jmp();
+                self.a.fill(back, again);
             }
             Cold::Indirect { from, undo, exit } => {
                 for hole in from {

@@ -1,5 +1,6 @@
 //! The status flags: where they are, and how they are made again.
 
+use super::overlay::Overlay;
 use super::{Emitter, R15, RAX};
 use crate::analysis::{self, Guest, Kind, Stack};
 use crate::assembler::{at, Assembler};
@@ -27,6 +28,8 @@ pub(super) struct Recipe {
     pub(super) immediate: i32,
     /// Operand bytes: 4 or 8 (1 for a comparison of low bytes).
     pub(super) size: u8,
+    /// What has changed some of them since.
+    pub(super) over: Option<Overlay>,
 }
 
 /// What happens to the flags that a block begins with.
@@ -49,11 +52,19 @@ pub(super) enum How {
     Added,
     /// Those of the subtraction of the right operand that gave left.
     Subtracted,
+    /// Those in [`frame::Frame::flags`].
+    Saved,
 }
 
 impl Recipe {
+    /// The flags in [`frame::Frame::flags`].
+    pub(super) const SAVED: Recipe =
+        Recipe { how: How::Saved, left: 0, right: None, immediate: 0, size: 8, over: None };
+
     pub(super) fn reads(&self, registers: u16) -> bool {
-        registers & 1 << self.left != 0 || self.right.is_some_and(|r| registers & 1 << r != 0)
+        let left = self.how != How::Saved && registers & 1 << self.left != 0;
+        let others = [self.right, self.over.map(|over| over.guest)];
+        left || others.iter().flatten().any(|r| registers & 1 << r != 0)
     }
 }
 
@@ -135,6 +146,17 @@ impl Emitter<'_> {
 
     /// Emits a recipe. Spoils R15 only.
     pub(super) fn cook(&mut self, r: Recipe) {
+        if r.how == How::Saved {
+            self.restore_flags_keeping_rax();
+        } else {
+            self.cook_base(r);
+        }
+        if let Some(over) = r.over {
+            self.cook_overlay(over);
+        }
+    }
+
+    fn cook_base(&mut self, r: Recipe) {
         let wide = r.size == 8;
         let source = |a: &mut Assembler, guest: u8| match HOST_OF[guest as usize] {
             Some(reg) => reg,
@@ -158,6 +180,7 @@ impl Emitter<'_> {
                 self.a.reg(wide, &[0xf7], 0, left);
                 self.a.bytes(&r.immediate.to_le_bytes());
             }
+            (How::Saved, _) => {}
             (How::Added, None) => {
                 self.a.lea(wide, R15, at(left, r.immediate.wrapping_neg()));
                 self.a.reg_imm(wide, 0, R15, r.immediate);
@@ -210,11 +233,18 @@ impl Emitter<'_> {
             Mnemonic::Sub if arithmetic && immediate != i32::MIN => How::Subtracted,
             Mnemonic::And | Mnemonic::Or | Mnemonic::Xor => {
                 // Sign, zero and parity of the result; no carry, no overflow.
-                return Some(Recipe { how: How::Test, left, right: Some(left), immediate: 0, size });
+                return Some(Recipe {
+                    how: How::Test,
+                    left,
+                    right: Some(left),
+                    immediate: 0,
+                    size,
+                    over: None,
+                });
             }
             _ => return None,
         };
-        Some(Recipe { how, left, right, immediate, size })
+        Some(Recipe { how, left, right, immediate, size, over: None })
     }
 
     /// Before an instruction that changes registers that the flags are to be made from.

@@ -3,6 +3,7 @@
 use super::cold::Cold;
 use super::flags::{Flags, How};
 use super::memory::Key;
+use super::spilled;
 use super::{register, Emitted, Emitter, R15, RAX};
 use crate::analysis::{self, Guest, Kind, RSP};
 use crate::assembler::{at, host, Mem};
@@ -73,6 +74,9 @@ impl Emitter<'_> {
     }
 
     pub(super) fn same(&mut self, g: &Guest) -> Emitted {
+        if self.overlaid(g)? {
+            return Ok(());
+        }
         let mut place = None;
         if let Some(m) = &g.memory {
             let disp = self.memory(m);
@@ -114,6 +118,13 @@ impl Emitter<'_> {
         if place.is_none_or(|(reg, _)| reg != R15) {
             free.push(R15);
         }
+        // What R15 still has from the instruction before: nothing was emitted since.
+        let here = self.a.here();
+        let kept = self.kept.take().filter(|&(_, at)| at == here).map(|(guest, _)| guest);
+        if place.is_none() && !g.implicit_rax && self.switches.spilled {
+            spilled::source_in_memory(&mut out);
+        }
+        let needless = self.switches.spilled && spilled::only_writes_first(&g.i);
         // R15 first: RAX may hold a group's address.
         let mut scratch: Vec<(u8, u8)> = Vec::new();
         for n in 0..out.op_count() {
@@ -132,7 +143,10 @@ impl Emitter<'_> {
                         if reg == RAX {
                             self.group = None;
                         }
-                        self.a.load(true, reg, frame::spilled(guest));
+                        let there = reg == R15 && kept == Some(guest) || n == 0 && needless;
+                        if !there {
+                            self.a.load(true, reg, frame::spilled(guest));
+                        }
                         scratch.push((guest, reg));
                         reg
                     }
@@ -156,6 +170,9 @@ impl Emitter<'_> {
         for (guest, reg) in scratch {
             if g.writes & 1 << guest != 0 {
                 self.a.store(true, frame::spilled(guest), reg);
+            }
+            if reg == R15 && self.switches.spilled {
+                self.kept = Some((guest, self.a.here()));
             }
         }
         Ok(())

@@ -13,6 +13,8 @@ mod flags;
 mod flow;
 mod instructions;
 mod memory;
+mod overlay;
+mod spilled;
 mod x87;
 
 use crate::analysis::{self, Abilities, Guest};
@@ -61,6 +63,10 @@ pub struct Switches {
     pub recipes: bool,
     /// One lookup serves accesses that are near each other.
     pub groups: bool,
+    /// Registers without a host register are loaded only where they must be.
+    pub spilled: bool,
+    /// What instructions change of the flags is made again from their result.
+    pub overlays: bool,
 }
 
 /// Where a block is, and goes.
@@ -101,6 +107,8 @@ pub struct Emitter<'a> {
     entry: [Option<usize>; 2],
     /// Offset in the page of the last x87 instruction, if the frame does not have it yet.
     x87_ip: Option<u16>,
+    /// R15 holds this guest register, as far as nothing else is emitted.
+    kept: Option<(u8, usize)>,
 }
 
 type Emitted<T = ()> = Result<T, String>;
@@ -156,6 +164,7 @@ impl<'a> Emitter<'a> {
             at: 0,
             entry: [None; 2],
             x87_ip: None,
+            kept: None,
         }
     }
 
