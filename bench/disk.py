@@ -13,6 +13,7 @@ that no real disk is measured. It is read five times in each boot; each figure i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -63,36 +64,46 @@ class Run:
 
     system: str
     reads: list[float]
-    cpu: float
-    """Processor time of the process and its children, boot included."""
+    cpu: list[float]
+    """Processor time of the system's processes in each read: what other load on the machine does not disturb."""
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process, its threads and its children have run so far."""
+    total = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += int((task / "schedstat").read_text().split()[0])
+            children = (task / "children").read_text().split()
+            total += int(1e9 * sum(processor_time(int(child)) for child in children))
+    return total / 1e9
 
 
 def timed(system: str, command: list[str], reads: int) -> Run:
     """Run a command that boots the guest with its console on stdout."""
-    before = os.times()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     output = b""
-    seen: dict[tuple[bytes, int], float] = {}
+    seen: dict[tuple[bytes, int], tuple[float, float]] = {}
     try:
         while chunk := os.read(process.stdout.fileno(), 65536):
             output += chunk
             now = time.perf_counter() - started
             for mark in MARK.finditer(output):
-                seen.setdefault((mark[1], int(mark[2])), now)
+                if (mark[1], int(mark[2])) not in seen:
+                    seen[mark[1], int(mark[2])] = now, processor_time(process.pid)
             if now > TIMEOUT:
                 sys.exit(f"bench: {system} did not end within {TIMEOUT:.0f} s; its console ends: {output[-300:]!r}")
         _, errors = process.communicate()
     finally:
         process.kill()
         process.wait()
-    after = os.times()
     if len(seen) < 2 * reads:
         text = (output[-800:] + errors[-500:]).decode(errors="replace")
         sys.exit(f"bench: {system} ended with {process.returncode} and did not read the disk:\n{text}")
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Run(system, [seen[b"end", n] - seen[b"begin", n] for n in range(1, reads + 1)], cpu)
+    spans = [(seen[b"begin", number], seen[b"end", number]) for number in range(1, reads + 1)]
+    return Run(system, [end[0] - begin[0] for begin, end in spans], [end[1] - begin[1] for begin, end in spans])
 
 
 class Bench:
@@ -161,20 +172,24 @@ def main() -> int:
             bench.warm()
             run = systems[name]()
             runs.append(run)
-            line = " ".join(f"{read:.2f}" for read in run.reads)
-            print(f"{number + 1}/{options.pairs} {run.system}: {line} s", file=sys.stderr)
+            line, used = (" ".join(f"{value:.2f}" for value in values) for values in (run.reads, run.cpu))
+            print(f"{number + 1}/{options.pairs} {run.system}: {line} s; processor {used} s", file=sys.stderr)
     bench.disk.unlink()
     times = {
         system: [read for run in runs if run.system == system for read in run.reads]
         for system in dict.fromkeys(run.system for run in runs)
     }
+    cpu = {
+        system: statistics.median(used for run in runs if run.system == system for used in run.cpu) for system in times
+    }
     table = Table(
-        *("system", "seconds (median)", "least", "most", "MB/s"), title=f"{options.size} MiB from an IDE disk by DMA"
+        *("system", "seconds (median)", "least", "most", "MB/s", "processor seconds"),
+        title=f"{options.size} MiB from an IDE disk by DMA",
     )
     for system, seconds in times.items():
         median = statistics.median(seconds)
         figures = [f"{value:.2f}" for value in (median, min(seconds), max(seconds))]
-        table.add_row(system, *figures, f"{options.size * MIB / median / 1e6:.0f}")
+        table.add_row(system, *figures, f"{options.size * MIB / median / 1e6:.0f}", f"{cpu[system]:.2f}")
     Console().print(table)
     report = {
         "machine": machine(),
@@ -185,6 +200,7 @@ def main() -> int:
         "kernel": guest.version,
         "append": APPEND,
         "medians": {system: statistics.median(seconds) for system, seconds in times.items()},
+        "processor_medians": cpu,
         "runs": [asdict(run) for run in runs],
     }
     if len(times) == 2:
