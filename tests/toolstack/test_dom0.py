@@ -17,6 +17,7 @@ from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NotRunningError
 from nonroot.toolstack import place
 from nonroot.toolstack.client import Toolstack
+from nonroot.xenstore.client import XenStore
 from tests.toolstack.conftest import Run, dom0_pid, until
 
 
@@ -322,3 +323,15 @@ def test_debian_on_its_console(nonroot: Run) -> None:
         process.communicate(b"poweroff -f\n", timeout=60)
         assert process.returncode == 0
     until(lambda: not registry.entries(), 60)
+
+
+@pytest.mark.slow
+def test_a_xen_domain_is_in_xenstore_by_its_number(nonroot: Run, tiny: str) -> None:
+    create(nonroot, tiny, "xenial", "idle", "nonroot_xen=1")
+    domid = int(nonroot("domid", "xenial").out)
+    with XenStore() as store:
+        assert store.read(f"/local/domain/{domid}/name") == "xenial"
+        assert nonroot("shutdown", "--json", "xenial").json["by"] == "xenstore"
+        assert store.read(f"/local/domain/{domid}/control/shutdown") == "poweroff"
+        assert nonroot("mem-set", "xenial", "8m").status == 0
+        assert nonroot("destroy", "xenial").status == 0

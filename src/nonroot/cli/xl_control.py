@@ -97,18 +97,18 @@ def _ask(
             chosen = [domain]
         else:
             chosen = [str(d["domid"]) for d in toolstack.request("list")["domains"] if d["managed"]]
-        asked: list[tuple[str, int]] = []
+        asked: list[tuple[str, dict[str, Any]]] = []
         for one in chosen:
             try:
-                asked.append((one, int(toolstack.request(method, domain=one, **params)["domid"])))
+                asked.append((one, toolstack.request(method, domain=one, **params)))
             except NotRunningError:
                 if domain is not None:
                     raise
-        for one, domid in asked:
-            result: dict[str, Any] = {"domain": one, "done": method}
+        for one, answer in asked:
+            result: dict[str, Any] = {"domain": one, "done": method} | answer
             if wait:
                 try:
-                    result |= _wait(domid, deadline)
+                    result |= _wait(int(answer["domid"]), deadline)
                 except WaitTimeoutError:
                     Reporter().error(f"domain {one} still runs after {timeout:g} seconds")
                     result, status = result | {"state": "running"}, TIMED_OUT

@@ -96,6 +96,10 @@ class DomainOptions:
 
     xen: bool = False
     """Be a Xen for the guest, with a console of its own (hvc0)."""
+    name: str = ""
+    """As XenStore shows it; empty takes one from its number."""
+    domid: int = 0
+    """Its number as Xen's domain; 0 takes a free one."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 

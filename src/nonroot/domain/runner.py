@@ -399,7 +399,7 @@ def _xen_services(options: DomainOptions) -> "XenServices | None":
     from nonroot.domain.xen import XenServices
     from nonroot.xenstore.client import XenStore
 
-    return XenServices(XenStore(), options.memory)
+    return XenServices(XenStore(), options.memory, options.name or None, options.domid)
 
 
 def _ask(question: Callable[[], Any]) -> Any:

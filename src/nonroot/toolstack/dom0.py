@@ -314,7 +314,8 @@ class DomainZero:
         return known
 
     async def _set_up(self, known: Known, record: dict[str, Any]) -> None:
-        options, log = record["options"], place.console_path(known.name)
+        options = record["options"] | {"name": known.name, "domid": known.domid}
+        log = place.console_path(known.name)
         link = known.link
         description = await link.request("create", CREATE_SECONDS, **options)
         facts = {
