@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="how many rounds in all, counting those already done")
     parser.add_argument("--only", default="", help="only tests with this in their names")
     parser.add_argument("--restart", action="store_true", help="forget what is done")
+    parser.add_argument("--seconds", type=float, help="begin no test after so many seconds (run it again to go on)")
     options = parser.parse_args()
     if options.restart:
         RECORD.unlink(missing_ok=True)
@@ -54,12 +55,17 @@ def main() -> int:
     failed = 0
     passed = 0
     skipped = 0
+    left = 0
+    begun = time.monotonic()
     for number in range(options.rounds):
         for test in tests:
             if number in record.get(test, []):
                 skipped += 1
                 continue
             started = time.monotonic()
+            if options.seconds is not None and started - begun >= options.seconds:
+                left += 1
+                continue
             environment = {**os.environ, "NONROOT_SOAK_ROUND": str(number)}
             command = [sys.executable, "-m", "pytest", "-q", "-m", "soak", "-o", "timeout=0", test]
             code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
@@ -71,7 +77,7 @@ def main() -> int:
                 passed += 1
                 record.setdefault(test, []).append(number)
                 save(record)
-    print(f"soak: {passed} passed, {failed} failed, {skipped} done earlier")
+    print(f"soak: {passed} passed, {failed} failed, {skipped} done earlier" + (f", {left} left" if left else ""))
     return 1 if failed else 0
 
 

@@ -14,6 +14,7 @@ from tests.stress.workload import Report, work
 
 ROUND = int(os.environ.get("NONROOT_SOAK_ROUND", "0"))
 BOOTS, BATCH = 500, 10
+PARTS, PART = 10, 180  # guests, and seconds for each
 
 
 def worked(guest: Guest, folder: Path, *, first: int, rounds: int, seconds: int) -> Report:
@@ -42,6 +43,21 @@ def test_thirty_minutes_under_load(engine: str, flavour: str, programs: Path) ->
     print(f"{report.rounds} rounds")
     assert report.wrong == []
     assert report.rounds > 10
+
+
+@pytest.mark.soak
+@pytest.mark.guest
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("flavour", KERNELS)
+def test_minutes_under_load(engine: str, flavour: str, part: int, programs: Path) -> None:
+    """As long in all, in guests of their own, so that an interrupted run goes on where it was."""
+    need(flavour)
+    with boot(engine, flavour) as domain:
+        first = 1_000_000 * (ROUND + 1) + 10_000 * part
+        report = worked(Guest(domain), programs, first=first, rounds=1_000_000, seconds=PART)
+    print(f"{report.rounds} rounds")
+    assert report.wrong == []
+    assert report.rounds > 1
 
 
 @pytest.mark.soak

@@ -59,6 +59,7 @@ pub fn config(
             "msr_exits" => config.msr_exits = named(&name, &value)?,
             "exception_exits" => config.exception_exits = named(&name, &value)?,
             "cr_exits" => config.cr_exits = named(&name, &value)?,
+            "audit" => config.audit = named(&name, &value)?,
             "random_seed" => config.random_seed = named(&name, &value)?,
             "translate" => translate = named(&name, &value)?,
             "lockstep" => lockstep = named(&name, &value)?,

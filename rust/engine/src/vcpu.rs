@@ -277,6 +277,12 @@ impl Vcpu {
         ] {
             out.set_item(name, count)?;
         }
+        if let Some(audit) = &cpu.audit {
+            out.set_item("audit_rounds", audit.rounds)?;
+            out.set_item("audited_translations", audit.entries)?;
+            out.set_item("audited_translations_stale", audit.stale)?;
+            out.set_item("audited_blocks", audit.blocks)?;
+        }
         for (name, count) in cpu.accelerator.iter().flat_map(|a| a.statistics()) {
             out.set_item(name, count)?;
         }

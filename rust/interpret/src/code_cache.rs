@@ -9,7 +9,7 @@ use crate::cpu::Cpu;
 use crate::state::*;
 use crate::walk::{Access, Kind};
 use iced_x86::Instruction;
-use nonroot_memory::{P2M_CODE, P2M_FLAGS};
+use nonroot_memory::{P2M_CODE, P2M_FLAGS, P2M_FOREIGN};
 use rustc_hash::FxHashMap;
 
 /// Executes one operation of a block.
@@ -83,6 +83,13 @@ pub struct Block {
     jumped_to: bool,
     /// The accelerator's: its code for the block, if any.
     pub native: [u32; 2],
+}
+
+impl Block {
+    /// What it is filed under: guest-physical address, mode.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
 }
 
 /// [`Block::second_page`] of a block inside one page.
@@ -215,6 +222,40 @@ impl CodeCache {
         self.ops = 0;
     }
 
+    /// What the jump cache holds: linear address, key, block.
+    pub(crate) fn live_jumps(&self) -> impl Iterator<Item = (u64, u64, &Block)> {
+        // SAFETY: blocks live until free_all, which empties the jump cache.
+        let live = self.jumps.iter().filter(|j| !j.block.is_null());
+        live.map(|j| (j.lin, j.key, unsafe { &*j.block }))
+    }
+
+    /// Whether a key is from before asids were given anew.
+    pub(crate) fn is_older(&self, key: u64) -> bool {
+        key >> 32 != self.exec_key >> 32
+    }
+
+    /// All blocks whose bytes have not changed, by each of their frames.
+    pub(crate) fn live_blocks(&self) -> impl Iterator<Item = (u64, &Block)> {
+        // SAFETY: blocks live until free_all, before which the frames are forgotten.
+        self.frames.iter().flat_map(|(&gfn, frame)| frame.blocks.iter().map(move |&b| (gfn, unsafe { &*b })))
+    }
+
+    /// A block that is filed by another's key, or that should be gone.
+    pub(crate) fn misfiled(&self) -> Option<String> {
+        self.blocks.iter().find_map(|(&key, &block)| {
+            // SAFETY: as above.
+            let b = unsafe { &*block };
+            let frame = self.frames.get(&(b.gpa >> 12));
+            if b.key != key {
+                Some(format!("block {:#x} is filed as {:#x}", b.gpa, key >> 5))
+            } else if !frame.is_some_and(|frame| frame.blocks.contains(&block)) {
+                Some(format!("block {:#x} is found, but was dropped", b.gpa))
+            } else {
+                None
+            }
+        })
+    }
+
     fn drop_block(&mut self, block: *mut Block) {
         // SAFETY: blocks live until free_all.
         let b = unsafe { &mut *block };
@@ -228,17 +269,29 @@ impl CodeCache {
 }
 
 impl Cpu {
-    /// Recomputes the keys that blocks are found by.
-    pub fn update_exec_key(&mut self) {
+    /// The key that blocks are found by, of the present mode, context and address space.
+    pub(crate) fn exec_key(&self) -> u64 {
+        self.tlb.asid
+            | (self.tlb.context as u64) << 12
+            | self.mode_key() << 16
+            | (self.tlb.rounds << 1 | 1) << 32
+    }
+
+    fn mode_key(&self) -> u64 {
         let mode = match self.mode {
             Mode::Real => 0,
             Mode::V86 => 1,
             Mode::Protected16 => 2,
             Mode::Protected32 => 3,
             Mode::Long64 => 4,
-        } | (self.flat as u64) << 3;
-        self.cache.mode_key = mode;
-        self.cache.exec_key = self.tlb.asid | (self.tlb.context as u64) << 12 | mode << 16 | 1 << 32;
+        };
+        mode | (self.flat as u64) << 3
+    }
+
+    /// Recomputes the keys that blocks are found by.
+    pub fn update_exec_key(&mut self) {
+        self.cache.mode_key = self.mode_key();
+        self.cache.exec_key = self.exec_key();
         self.cache.cs_base = if self.mode == Mode::Long64 { 0 } else { self.r.seg[seg::CS].base };
     }
 
@@ -283,7 +336,10 @@ impl Cpu {
                 self.cache.drop_block(block);
                 return self.decode_block(lin, gpa, false);
             }
-        } else if self.config.optimise.jump_cache && self.config.optimise.block_cache {
+        } else if self.config.optimise.jump_cache
+            && self.config.optimise.block_cache
+            && self.mem.entry(gpa >> 12) & P2M_FOREIGN == 0
+        {
             let key = self.cache.exec_key;
             self.cache.jumps[jump_index(lin)] = Jump { lin, key, block };
         }
@@ -333,6 +389,9 @@ impl Cpu {
                 gpa: t.gpa & !0xfff,
                 global: t.global,
             };
+            if self.audit.is_some() {
+                self.audit_translated(lin, t.gpa, Kind::Execute);
+            }
             if !t.global {
                 self.import_jumps(lin, t.gpa);
             }
@@ -361,6 +420,7 @@ impl Cpu {
             self.stop = None;
             return;
         }
+        self.audit_jump(block, code);
         self.tlb.enter_jump(lin, code, mode, crosses);
         if crosses {
             self.tlb.note_jump_page(lin.wrapping_add(0x1000));
@@ -388,6 +448,7 @@ impl Cpu {
             self.cache.blocks.insert(key, raw);
         }
         // Uncached blocks are registered as well: they may overwrite themselves.
+        self.audit_decoded(raw);
         self.register_code(gpa >> 12, first.0, first.1, raw);
         if second != NO_PAGE {
             self.register_code(second >> 12, 0, rest, raw);
@@ -467,6 +528,7 @@ impl Cpu {
             accelerator.flush();
         }
         self.cache.free_all();
+        self.audit_freed();
     }
 
     /// Drops the decoded code of frames that were written from outside.

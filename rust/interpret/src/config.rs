@@ -39,6 +39,8 @@ pub struct Config {
     /// Start of the random numbers that RDRAND and RDSEED give in virtual time; in
     /// host time they are the host's.
     pub random_seed: u64,
+    /// All that is cached is compared with what it stands for at each so many moments; 0: never.
+    pub audit: u32,
     /// Optimisations that are switched on.
     pub optimise: Optimisations,
 }
@@ -97,6 +99,7 @@ impl Default for Config {
             exception_exits: 0,
             cr_exits: false,
             random_seed: 0,
+            audit: 0,
             optimise: Optimisations::default(),
         }
     }

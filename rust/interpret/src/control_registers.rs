@@ -1,6 +1,7 @@
 //! Control registers, XCR0 and the instructions that flush translations
 //! (SDM 3A, 2.5, 4.1, 4.10 and 10.8.5; SDM 2, "MOV—Move to/from Control Registers").
 
+use crate::audit::Invalidated;
 use crate::cpu::Cpu;
 use crate::descriptors::system_type;
 use crate::state::*;
@@ -88,7 +89,11 @@ impl Cpu {
             self.load_pdptes(value)?;
         }
         self.r.cr3 = value;
+        if !keep {
+            self.audit_invalidated(Invalidated::Pcid(self.current_pcid()));
+        }
         self.tlb_switch(keep);
+        self.audit_now();
         Ok(())
     }
 
@@ -230,7 +235,9 @@ impl Cpu {
         let lin = self.wrap_linear(base.wrapping_add(ea));
         // A non-canonical address does nothing.
         if !self.lma() || Self::canonical(lin) {
+            self.audit_invalidated(Invalidated::Address(self.current_pcid(), lin, true));
             self.flush_tlb_page(lin);
+            self.audit_page(lin);
         }
         Ok(())
     }
@@ -257,11 +264,25 @@ impl Cpu {
                 if !Self::canonical(lin) {
                     return Err(self.gp(0));
                 }
-                self.flush_tlb_page(lin);
+                self.audit_invalidated(Invalidated::Address(pcid, lin, false));
+                if pcid == self.current_pcid() {
+                    self.flush_tlb_page(lin);
+                } else {
+                    self.flush_tlb_pcid(pcid);
+                }
+                self.audit_page(lin);
             }
-            1 => self.flush_tlb_pcid(pcid),
-            _ => self.flush_tlb_all(),
+            1 => {
+                self.audit_invalidated(Invalidated::Pcid(pcid));
+                self.flush_tlb_pcid(pcid);
+            }
+            2 => self.flush_tlb_all(),
+            _ => {
+                self.audit_invalidated(Invalidated::NotGlobal);
+                self.flush_tlb_all();
+            }
         }
+        self.audit_now();
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! The vCPU object: architectural state, derived state, and the vocabulary that
 //! every instruction implementation uses to fault, stop and reach operands.
 
+use crate::audit::Audit;
 use crate::code_cache::CodeCache;
 use crate::config::Config;
 use crate::cpuid::Features;
@@ -100,6 +101,8 @@ pub struct Cpu {
     pub lapic_moved: bool,
     /// The source of RDRAND and RDSEED.
     pub random: crate::general::random::Random,
+    /// The audit of all that is cached, if it is on.
+    pub audit: Option<Box<Audit>>,
     /// Counters by name, see `Vcpu::statistics`.
     pub stats: Statistics,
 }
@@ -182,8 +185,10 @@ impl Cpu {
             rep_iterations: 0,
             pending_exits: Vec::new(),
             lapic_moved: false,
+            audit: None,
             stats: Statistics::default(),
         });
+        cpu.audit = Audit::new(cpu.config.audit);
         cpu.reset();
         cpu
     }

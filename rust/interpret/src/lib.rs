@@ -1,6 +1,7 @@
 //! The `interpret` engine: a complete system-level x86 CPU, exact before fast.
 
 pub mod accelerate;
+pub mod audit;
 pub mod code_cache;
 pub mod config;
 pub mod control_registers;

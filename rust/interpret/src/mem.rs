@@ -332,6 +332,9 @@ impl Cpu {
         let page = lin & PAGE_MASK;
         let entry = self.mem.entry(t.gpa >> 12);
         self.tlb.enter(page, entry & !P2M_FLAGS, write && entry & P2M_CODE == 0, t.global);
+        if self.audit.is_some() {
+            self.audit_translated(lin, t.gpa, access.kind);
+        }
     }
 
     /// Enters the page of `size` bytes at a linear address into the TLB for the present context, if they

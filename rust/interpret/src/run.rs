@@ -27,7 +27,12 @@ impl Cpu {
     /// Runs the guest until an exit. `deadline_ns`: machine time, `limit`: retired
     /// instructions (total), at which to return [`Exit::Interrupted`].
     pub fn run(&mut self, deadline_ns: Option<u64>, limit: Option<u64>) -> Exit {
-        let exit = self.run_inner(deadline_ns.unwrap_or(u64::MAX), limit.unwrap_or(u64::MAX));
+        let mut exit = self.run_inner(deadline_ns.unwrap_or(u64::MAX), limit.unwrap_or(u64::MAX));
+        if self.audit.is_some() {
+            self.audit_now();
+            let failure = self.pending_exits.iter().position(|e| matches!(e, Exit::Failure { .. }));
+            exit = failure.map_or(exit, |n| self.pending_exits.remove(n));
+        }
         self.mailbox.retired.store(self.retired, Ordering::Relaxed);
         exit
     }
@@ -292,6 +297,7 @@ impl Cpu {
     fn tick(&mut self, deadline_ns: u64, limit: u64) -> Option<Exit> {
         // Writes by other threads that nobody announced.
         self.memory_changed();
+        self.audit_now();
         let now = self.now_ns();
         if self.lapic.deadline().is_some_and(|d| d <= now) {
             self.lapic.advance(now);

@@ -10,6 +10,7 @@
 //! The layout is shared with generated code: `linear ^ tag` of a page that is
 //! entered is the offset in the page, and of any other page more than that.
 
+use crate::audit::Invalidated;
 use crate::cpu::Cpu;
 use crate::state::*;
 use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
@@ -223,6 +224,43 @@ impl Set {
     }
 }
 
+/// An entry as the audit sees it.
+pub(crate) struct Seen {
+    pub page: u64,
+    pub host: u64,
+    pub write: bool,
+    pub global: bool,
+}
+
+impl Set {
+    fn seen(&self, slot: usize) -> Option<Seen> {
+        let e = &self.entries[slot];
+        let hits = |tag: u64| (tag >> 12) as usize % ENTRIES == slot;
+        // (A page that is writable only is no less wrong or right.)
+        let page = if hits(e.read) { e.read } else { e.write };
+        let any = hits(e.read) || hits(e.write);
+        any.then(|| Seen { page, host: e.host, write: hits(e.write), global: e.global != 0 })
+    }
+
+    /// The entries that hit.
+    pub(crate) fn live_entries(&self) -> impl Iterator<Item = Seen> + '_ {
+        let slots = if self.filled == 0 { 0 } else { ENTRIES };
+        (0..slots).filter_map(|slot| self.seen(slot))
+    }
+
+    /// The entry of a page, if it hits.
+    pub(crate) fn live_entry(&self, page: u64) -> Option<Seen> {
+        self.seen((page >> 12) as usize % ENTRIES).filter(|e| e.page == page)
+    }
+
+    /// The jumps that hit, with their mode and whether they are in a global page.
+    pub(crate) fn live_jumps(&self) -> impl Iterator<Item = (Jump, u64, bool)> + '_ {
+        let jumps = if self.jumps_filled == 0 { &[] } else { &self.jumps[..] };
+        let live = jumps.iter().enumerate().filter(|(_, jump)| jump.code != 0);
+        live.map(|(slot, &jump)| (jump, self.jump_mode, self.jump_is_global(slot)))
+    }
+}
+
 /// An executable page: where its instructions are.
 #[derive(Clone, Copy, Default)]
 pub struct ExecEntry {
@@ -269,6 +307,8 @@ pub struct Tlb {
     /// Instruction fetch.
     pub exec: Box<[ExecEntry; EXEC_ENTRIES]>,
     next_asid: u64,
+    /// How often asids were given anew.
+    pub rounds: u64,
     pcid_asid: Box<[u16; 4096]>,
     /// Large pages that have entries: a bloom filter over linear address >> 21.
     large: Box<[u64; 64]>,
@@ -315,6 +355,7 @@ impl Default for Tlb {
             context: 0,
             exec: Box::new([ExecEntry::default(); EXEC_ENTRIES]),
             next_asid: 2,
+            rounds: 0,
             pcid_asid: Box::new([0; 4096]),
             large: Box::new([0; 64]),
             any_large: false,
@@ -359,6 +400,27 @@ impl Tlb {
         self.current = &mut self.spaces[self.space][context::CHECKED];
     }
 
+    /// The sets of all address spaces that may have entries, by their asid and context.
+    pub(crate) fn sets(&self) -> impl Iterator<Item = (u64, usize, &Set)> {
+        let spaces = self.spaces.iter().zip(self.owner).filter(|&(_, asid)| asid != 0);
+        spaces.flat_map(|(space, asid)| {
+            space.iter().enumerate().map(move |(context, set)| (asid, context, set))
+        })
+    }
+
+    /// PCIDs by asid: only these can become current again.
+    pub(crate) fn pcids(&self) -> rustc_hash::FxHashMap<u64, u64> {
+        let known = self.pcid_asid.iter().enumerate().filter(|(_, &asid)| asid != 0);
+        known.map(|(pcid, &asid)| (u64::from(asid), pcid as u64)).collect()
+    }
+
+    /// Whether a PCID's entries, in the present context, are those in use.
+    pub(crate) fn is_current(&self, pcid: u64) -> bool {
+        let set: *const Set = &self.spaces[self.space][self.context];
+        let asid = u64::from(self.pcid_asid[pcid as usize & 0xfff]);
+        asid == self.asid && self.owner[self.space] == asid && std::ptr::eq(set, self.current)
+    }
+
     /// Forgets everything.
     pub fn clear(&mut self) {
         for set in self.spaces.iter_mut().flatten() {
@@ -371,6 +433,7 @@ impl Tlb {
         self.any_large = false;
         self.jump_pages.fill(0);
         self.next_asid = 1;
+        self.rounds += 1;
     }
 
     fn fresh_asid(&mut self) -> u64 {
@@ -574,11 +637,11 @@ impl Tlb {
 }
 
 impl Cpu {
-    /// Chooses the access context for CPL, SMAP, AC and alignment checking.
-    pub fn tlb_context_changed(&mut self) {
+    /// The access context by CPL, SMAP, AC and alignment checking.
+    pub(crate) fn access_context(&self) -> usize {
         let r = &self.r;
         let ac = r.rflags & rflags::AC != 0;
-        let context = if self.cpl == 3 {
+        if self.cpl == 3 {
             if ac && r.cr0 & cr0::AM != 0 {
                 context::CHECKED
             } else {
@@ -588,13 +651,18 @@ impl Cpu {
             context::SUPERVISOR
         } else {
             context::SUPERVISOR_AC
-        };
-        self.tlb.select(context);
+        }
+    }
+
+    /// Chooses the access context.
+    pub fn tlb_context_changed(&mut self) {
+        self.tlb.select(self.access_context());
         self.update_exec_key();
     }
 
     /// Forgets all translations of all address spaces (CR0.PG, CR4, p2m changes…).
     pub fn flush_tlb_all(&mut self) {
+        self.audit_invalidated(Invalidated::All);
         self.stats.flushes += 1;
         self.tlb.forget_all(self.current_pcid());
         self.update_exec_key();
@@ -636,7 +704,7 @@ impl Cpu {
         self.update_exec_key();
     }
 
-    fn current_pcid(&self) -> u64 {
+    pub(crate) fn current_pcid(&self) -> u64 {
         if self.r.cr4 & cr4::PCIDE != 0 {
             self.r.cr3 & 0xfff
         } else {

@@ -61,10 +61,11 @@ const ADDRESS: u64 = ((1 << 52) - 1) & !0xfff;
 const RESERVED_HIGH: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
 
 /// The entries that a walk used, for setting A and D afterwards.
-struct Trail {
-    gpa: [u64; 4],
-    entry: [u64; 4],
-    len: usize,
+#[derive(Default)]
+pub(crate) struct Trail {
+    pub gpa: [u64; 4],
+    pub entry: [u64; 4],
+    pub len: usize,
 }
 
 impl Trail {
@@ -76,13 +77,13 @@ impl Trail {
 }
 
 /// A walk's end.
-struct Leaf {
-    gpa: u64,
-    writable: bool,
-    user: bool,
-    nx: bool,
-    large: bool,
-    global: bool,
+pub(crate) struct Leaf {
+    pub gpa: u64,
+    pub writable: bool,
+    pub user: bool,
+    pub nx: bool,
+    pub large: bool,
+    pub global: bool,
 }
 
 impl Leaf {
@@ -100,7 +101,7 @@ impl Leaf {
     }
 }
 
-enum Bad {
+pub(crate) enum Bad {
     NotPresent,
     Reserved,
 }
@@ -163,7 +164,7 @@ impl Cpu {
         self.walk(lin, &mut trail).ok().map(|leaf| leaf.gpa)
     }
 
-    fn walk(&self, lin: u64, trail: &mut Trail) -> Result<Leaf, Bad> {
+    pub(crate) fn walk(&self, lin: u64, trail: &mut Trail) -> Result<Leaf, Bad> {
         if self.lma() {
             self.walk64(lin, trail)
         } else if self.r.cr4 & cr4::PAE != 0 {

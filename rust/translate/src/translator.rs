@@ -13,7 +13,7 @@ use nonroot_interpret::cpu::Cpu;
 use nonroot_interpret::flags::Flags;
 use nonroot_interpret::state::*;
 use nonroot_interpret::tlb::context;
-use nonroot_memory::{P2M_FLAGS, P2M_PRESENT};
+use nonroot_memory::{P2M_FLAGS, P2M_FOREIGN, P2M_PRESENT};
 use std::cell::RefCell;
 use std::collections::HashMap;
 
@@ -261,6 +261,7 @@ impl Translator {
         let room = len.min(0x1000 - start);
         if crosses && !(self.switches.page_crossing && self.switches.jump_lookup)
             || entry & second & P2M_PRESENT == 0
+            || (entry | second) & P2M_FOREIGN != 0
             || room < len && !crosses
         {
             self.statistics.untranslatable_blocks += 1;

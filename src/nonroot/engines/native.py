@@ -14,11 +14,18 @@ from nonroot.engines.select import host_flags
 from nonroot.engines.state import StateError, VcpuState
 from nonroot.errors import BadOptionError
 
-__all__ = ["InterpretEngine", "LockstepEngine", "NativeVcpu", "TranslateEngine"]
+__all__ = ["AUDIT", "InterpretEngine", "LockstepEngine", "NativeVcpu", "TranslateEngine"]
 
 
 SWITCHES: Final = "NONROOT_TRANSLATE"
 """Environment variable: ``-chain,-page-groups`` switches these optimisations off, as ``--off`` does."""
+
+AUDIT: Final = "NONROOT_AUDIT"
+"""
+Environment variable: a number N makes the engines compare all that they have cached (translations, decoded code, where
+jumps lead) with the guest's page tables, the p2m and the bytes in memory at every Nth exit, time slice and
+invalidation. A difference ends the domain with an internal error. For tests: it is slow.
+"""
 
 
 class NativeVcpu:
@@ -91,6 +98,13 @@ class InterpretEngine:
         """Optimisations that the environment switches off."""
         return frozenset()
 
+    def _audit(self) -> int:
+        """Moments between audits, as the environment says; 0 for none."""
+        text = os.environ.get(AUDIT, "0")
+        if not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
+            raise BadOptionError(f"{AUDIT} is a number of moments between two audits, not {text}")
+        return int(text)
+
     def create_vcpu(
         self, memory: _engine.Memory, policy: CpuPolicy, apic_id: int = 0, options: EngineOptions | None = None
     ) -> NativeVcpu:
@@ -113,6 +127,8 @@ class InterpretEngine:
             "exception_exits": sum(1 << v for v in options.exception_exits if 0 <= v < 32),
             "cr_exits": options.cr_exits,
         }
+        if audit := self._audit():
+            raw_options["audit"] = audit
         leaves = list[tuple[int, int, int, int, int, int]](policy.cpuid())
         try:
             raw = _engine.Vcpu(memory, apic_id, leaves, policy.msrs(), raw_options)

@@ -1,5 +1,6 @@
 //! Tests of the system side with small descriptor tables in guest memory.
 
+mod audit;
 mod control;
 mod debug;
 mod events;
