@@ -13,6 +13,7 @@ from nonroot.hvm.dispatch import HANDLERS, handle_exit
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pic import PicPair
+from nonroot.xen.host import XenHost
 
 Call = tuple[Any, ...]
 
@@ -39,7 +40,7 @@ class Target:
 
     sent: bytearray = field(default_factory=bytearray)
     outcome: Outcome | None = None
-    xen: None = None
+    xen: XenHost | None = None
     waits: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
