@@ -65,7 +65,8 @@ class Vcpu:
         ``cr_exits`` (bool), ``random_seed`` (int, 0: where RDRAND starts under virtual time), ``translate`` (bool: hot
         blocks are translated), ``translate_after`` (int: at the how manieth time), ``lockstep`` (bool: every translated
         block is compared with the interpreter, and a difference is a ``Failure``),
-        ``audit`` (int: all that is cached is compared at each so many moments, and a difference is a ``Failure``; 0: never).
+        ``audit`` (int: all that is cached is compared at each so many moments, and a difference is a ``Failure``;
+        0: never).
         """
     def run(self, deadline_ns: int | None = None, limit: int | None = None) -> tuple[Any, ...]:
         """
