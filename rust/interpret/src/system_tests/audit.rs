@@ -16,7 +16,7 @@ fn audited() -> Box<Cpu> {
     put(0x2008, 0x10_0007);
     put(0x10_0000, PT | 7);
     put(PT, FRAME | 7);
-    put(PT + 8, FRAME + 0x1000 | 5);
+    put(PT + 8, (FRAME + 0x1000) | 5);
     cpu.audit = Audit::new(1);
     cpu.memory_changed();
     cpu.flush_tlb_all();
@@ -54,7 +54,10 @@ fn finds(cpu: &mut Cpu, what: &str) {
 fn nothing_is_wrong() {
     let mut cpu = audited();
     poke(&cpu, FRAME + 0x1000, &[0x90, 0xf4]);
-    (load(&mut cpu, LIN), store(&mut cpu, LIN), load(&mut cpu, LIN + 0x1000), store(&mut cpu, 0x30_0000));
+    load(&mut cpu, LIN);
+    store(&mut cpu, LIN);
+    load(&mut cpu, LIN + 0x1000);
+    store(&mut cpu, 0x30_0000);
     cpu.r.rip = LIN + 0x1000;
     cpu.find_block().unwrap();
     assert_eq!(audit(&mut cpu), None);
@@ -66,7 +69,7 @@ fn nothing_is_wrong() {
 fn a_stale_translation_is_allowed_until_it_is_invalidated() {
     let mut cpu = audited();
     load(&mut cpu, LIN);
-    poke(&cpu, PT, &(FRAME + 0x2000 | 7).to_le_bytes());
+    poke(&cpu, PT, &((FRAME + 0x2000) | 7).to_le_bytes());
     assert_eq!(audit(&mut cpu), None);
     assert_eq!(cpu.audit.as_ref().unwrap().stale, 1);
     let old = host(&cpu, FRAME);
@@ -87,7 +90,8 @@ fn wrong_translations_are_found() {
         (LIN + 0x2000, FRAME, false, false, "no walk gave it"),
     ] {
         let mut cpu = audited();
-        (load(&mut cpu, LIN), load(&mut cpu, LIN + 0x1000));
+        load(&mut cpu, LIN);
+        load(&mut cpu, LIN + 0x1000);
         assert_eq!(audit(&mut cpu), None);
         cpu.tlb.enter(lin, host(&cpu, gpa), write, global);
         finds(&mut cpu, what);
@@ -163,7 +167,7 @@ fn invpcid_of_an_address_reaches_other_address_spaces() {
     cpu.write_cr3(0x1001).unwrap();
     assert_eq!(load(&mut cpu, LIN), 1);
     cpu.write_cr3(0x1002).unwrap();
-    poke(&cpu, PT, &(FRAME + 0x2000 | 7).to_le_bytes());
+    poke(&cpu, PT, &((FRAME + 0x2000) | 7).to_le_bytes());
     // INVPCID RCX, [RAX]: type 0, PCID 1.
     (cpu.r.gpr[reg::RCX], cpu.r.gpr[reg::RAX]) = (0, 0x5_0000);
     poke(&cpu, 0x5_0000, &1u64.to_le_bytes());
@@ -182,7 +186,7 @@ fn blocks_of_an_address_space_whose_number_is_used_again_are_forgotten() {
     poke(&cpu, FRAME + 0x2000, &[0xcc]);
     cpu.r.rip = LIN;
     let (asid, first) = (cpu.tlb.asid, cpu.find_block().unwrap());
-    poke(&cpu, PT, &(FRAME + 0x2000 | 7).to_le_bytes());
+    poke(&cpu, PT, &((FRAME + 0x2000) | 7).to_le_bytes());
     for _ in 0..3 * 4096 {
         cpu.write_cr3(0x1000).unwrap();
         if cpu.tlb.asid == asid {
