@@ -32,14 +32,19 @@ def main() -> None:
         sys.exit(f"nonroot-xenstored: {error}")
     except OSError as error:
         sys.exit(f"nonroot-xenstored: {error.filename or 'its folder'}: {error.strerror or error}")
+    ready, say_ready = os.pipe()
     if options.detach and os.fork():
-        os._exit(0)
+        os.close(say_ready)
+        os._exit(0 if os.read(ready, 1) else 1)
     server.sign()
     install_signals(server)
     host.name_process("nr-xenstored")
     force = confine(folder)
     print(f"nonroot-xenstored {os.getpid()}: serving, confined by {', '.join(force) or 'nothing'}", file=sys.stderr)
     sys.stderr.flush()
+    os.write(say_ready, b"!")
+    os.close(say_ready)
+    os.close(ready)
     server.serve()
 
 
