@@ -1,6 +1,7 @@
 """A domain's drives: which image is in which place, opened and locked, and changed while the guest runs."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -13,29 +14,89 @@ from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadOptionError, UnsupportedError
 from nonroot.hvm.pc import Board
 
-__all__ = ["EMPTY", "Drives", "check_drives"]
+__all__ = ["EMPTY", "MOST_DISKS", "Drives", "check_drives", "disk_name", "ide_disks", "paravirtual_disks"]
 
 EMPTY: Final = "none"
 """Instead of an image: an empty drive."""
 IDE_PLACES: Final = 4
 FLOPPY_PLACES: Final = 2
+MOST_DISKS: Final = 16
+"""Of Xen's: xvda to xvdp."""
 FLOPPY_LARGEST: Final = 2_949_120
 CD_ORDER: Final = (2, 3, 1, 0)
 """CD-ROM drives are on the secondary channel first, where firmware looks for them; disks take the other places."""
 
 
+IDE: Final = "ide"
+"""The option of a disk that is to be an emulated one although it need not."""
+_PLACE: Final = re.compile(r"(xvd|sd|hd)[a-z]{1,2}")
+
+
 def check_drives(options: DomainOptions) -> None:
     """BadOptionError or BadFileError, one sentence, for drives that cannot be; images are looked at, not locked."""
-    if len(options.disks) + len(options.cdroms) > IDE_PLACES:
-        raise BadOptionError(f"a domain has at most {IDE_PLACES} disks and CD-ROM drives together")
+    places = [_place(text)[0] for text in options.disks]
+    if options.xen is False and any(place not in (None, IDE) for place in places):
+        raise BadOptionError("only a domain with Xen's disks has names for their places: leave xvda and the like out")
+    emulated = ide_disks(options)
+    if len(emulated) + len(options.cdroms) > IDE_PLACES:
+        raise BadOptionError(f"a domain has at most {IDE_PLACES} disks and CD-ROM drives together that are emulated")
+    paravirtual_disks(options)
     if len(options.floppies) > FLOPPY_PLACES:
         raise BadOptionError(f"a domain has at most {FLOPPY_PLACES} floppy drives")
     for drive in _drives(options):
         drive.check()
 
 
+def _place(text: str) -> tuple[str | None, str]:
+    """A disk's place (``ide``, ``xvdb``), and the text without it: what is left is the image with its options."""
+    path, *words = text.replace(",,", "\0").split(",")
+    places = [word for word in words if word == IDE or _PLACE.fullmatch(word)]
+    if len(places) > 1:
+        raise BadOptionError(f"a disk has one place, not {' and '.join(places)}")
+    rest = [path, *(word for word in words if word not in places)]
+    return places[0] if places else None, ",".join(rest).replace("\0", ",,")
+
+
+def _is_paravirtual(options: DomainOptions, place: str | None) -> bool:
+    """Whether a disk is Xen's: in a guest of firmware only those with a place of Xen's, which its boot disk has not."""
+    return options.xen is not False and place != IDE and (options.firmware is None or place is not None)
+
+
+def ide_disks(options: DomainOptions) -> list[str]:
+    """The images of disks that are emulated."""
+    pairs = [_place(text) for text in options.disks]
+    return [image for place, image in pairs if not _is_paravirtual(options, place)]
+
+
+def paravirtual_disks(options: DomainOptions) -> list[tuple[str, str]]:
+    """The names of Xen's disks, and their images. BadOptionError if two have the same name, or there are too many."""
+    pairs = [_place(text) for text in options.disks]
+    wanted = [(place, image) for place, image in pairs if _is_paravirtual(options, place)]
+    names = [place for place, _ in wanted if place is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadOptionError(f"two disks have the same place: {name}")
+    free = (name for name in map(disk_name, range(MOST_DISKS)) if name not in names)
+    found = []
+    for place, image in wanted:
+        chosen = place or next(free, None)
+        if chosen is None:
+            raise BadOptionError(f"a domain has at most {MOST_DISKS} disks, xvda to {disk_name(MOST_DISKS - 1)}")
+        found.append((chosen, image))
+    return found
+
+
+def disk_name(index: int) -> str:
+    """The name of Xen's disk number ``index`` in the guest.
+
+    >>> disk_name(1)
+    'xvdb'
+    """
+    return f"xvd{chr(ord('a') + index)}"
+
+
 def _disk(text: str) -> Drive:
-    return Drive.parse(text)
+    return Drive.parse(_place(text)[1])
 
 
 def _cd(text: str) -> Drive:
@@ -71,7 +132,7 @@ class Drives:
         self.storage: Storage | None = None
         """The controllers, once attached."""
         try:
-            disks = [self._image(_disk(text)) for text in options.disks]
+            disks = [self._image(_disk(text)) for text in ide_disks(options)]
             cds = [None if text == EMPTY else self._image(_cd(text)) for text in options.cdroms]
             self._floppies = [None if text == EMPTY else self._floppy_image(text) for text in options.floppies]
         except BaseException:

@@ -94,8 +94,12 @@ class DomainOptions:
     reboot: bool = True
     """Whether a reset starts a guest of firmware again; other guests end with it."""
 
-    xen: bool = False
-    """Be a Xen for the guest, with a console of its own (hvc0)."""
+    xen: bool | None = False
+    """Be a Xen for the guest, with a console of its own (hvc0); None: if that is possible."""
+    networks: list[str] = field(default_factory=list)
+    """The networks of its cards, as :class:`nonroot.domain.networks.Network` parses them."""
+    publish: list[str] = field(default_factory=list)
+    """Ports of this machine that lead into the guest: ``[ADDRESS:]PORT:GUEST-PORT[/udp]``."""
     name: str = ""
     """As XenStore shows it; empty takes one from its number."""
     domid: int = 0
@@ -144,8 +148,11 @@ class DomainOptions:
             if path is not None:
                 check_readable(path, what)
         from nonroot.domain.drives import check_drives
+        from nonroot.domain.networks import parse_networks
 
         check_drives(self)
+        if parse_networks(self.networks, self.publish) and self.xen is False:
+            raise BadOptionError("network cards are Xen's: a domain that is none of Xen's can have no network")
 
     def _check_firmware(self) -> None:
         if self.kernel is not None or self.initrd is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nonroot.domain.agent import AgentSession
 from nonroot.domain.console import PanicWatch
+from nonroot.domain.device_requests import DeviceRequests
 from nonroot.domain.display import DisplayService
 from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
@@ -144,7 +145,7 @@ class Connection:
                 self._process.gone(self)
 
 
-class DomainProcess(DisplayRequests):
+class DomainProcess(DisplayRequests, DeviceRequests):
     """The server side of the control protocol."""
 
     def __init__(
@@ -275,7 +276,8 @@ class DomainProcess(DisplayRequests):
         if not isinstance(request, int) or not isinstance(method, str) or not isinstance(params, dict):
             self.gone(connection)
             return
-        handler: Callable[..., dict[str, Any] | None] | None = getattr(self, f"_do_{method}", None)
+        name = method.replace("-", "_")
+        handler: Callable[..., dict[str, Any] | None] | None = getattr(self, f"_do_{name}", None)
         try:
             if handler is None:
                 raise UsageError(f"a domain knows no request {method!r}")
@@ -340,6 +342,8 @@ class DomainProcess(DisplayRequests):
         if self._stopped is None:
             raise UsageError("the domain has not stopped; it needs its drives")
         runner.drives.close()
+        if runner.guest_devices is not None:
+            runner.guest_devices.close()
         return {}
 
     def _do_attach_console(
@@ -525,6 +529,9 @@ class DomainProcess(DisplayRequests):
         if self._runner is None:
             raise NotRunningError("the domain has not been created yet")
         return self._runner
+
+    def _say(self, text: str) -> None:
+        self._messages.say(text)
 
     def _agent(self) -> AgentSession:
         self._need()

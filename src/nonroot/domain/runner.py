@@ -24,16 +24,19 @@ from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
 from nonroot.domain import pc
 from nonroot.domain.display import Seat
-from nonroot.domain.drives import Drives
+from nonroot.domain.drives import Drives, paravirtual_disks
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
+from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
 from nonroot.xen.config import XenConfig
 
 if TYPE_CHECKING:
+    from nonroot.domain.guest_devices import GuestDevices
     from nonroot.domain.xen import XenServices
+    from nonroot.xen.host import XenHost
 
 __all__ = ["Runner", "Stop"]
 
@@ -86,6 +89,8 @@ class Runner:
         self.drives = Drives(options)
         self.xen = _xen_services(options)
         """The domain's dealings with XenStore, if it is Xen's."""
+        self.guest_devices: GuestDevices | None = None
+        """Its paravirtual devices, if it is Xen's."""
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
@@ -108,10 +113,11 @@ class Runner:
             self._machine = Machine(config, engine, outputs)
             if self.xen is not None and self._machine.xen is not None:
                 self.xen.attach(self._machine.xen)
+                self.guest_devices = self._plug(self._machine.xen)
         except MemorySizeError as error:
             raise BadOptionError(str(error)) from None
         finally:
-            if self.xen is not None and not self.xen.attached:
+            if self.xen is not None and self.guest_devices is None:
                 self.xen.close()
         self.seat = self._find_seat()
         """The screen and the keyboard; None if there is none."""
@@ -128,6 +134,22 @@ class Runner:
         self._began = time.monotonic()
         self._ended: float | None = None
         self._thread: threading.Thread | None = None
+
+    def _plug(self, host: "XenHost") -> "GuestDevices":
+        """What the domain is born with."""
+        from nonroot.domain.guest_devices import GuestDevices
+
+        options = self._options
+        devices = GuestDevices(host, options.name)
+        try:
+            for name, image in paravirtual_disks(options):
+                devices.add_disk(image, name)
+            for network in parse_networks(options.networks, options.publish):
+                devices.add_network(network)
+        except BaseException:
+            devices.close()
+            raise
+        return devices
 
     def _find_seat(self) -> Seat | None:
         machine = self._machine
@@ -175,6 +197,8 @@ class Runner:
 
     def close(self) -> None:
         """The domain is over: nothing of it stays outside of this process."""
+        if self.guest_devices is not None:
+            self.guest_devices.close()
         if self.xen is not None:
             self.xen.close()
 
@@ -187,6 +211,13 @@ class Runner:
             self._calls.append((question, answer))
             self._changed.notify_all()
         self._machine.post(self._serve)
+
+    def work(self, question: Callable[[], Any], answer: Answer) -> None:
+        """Have ``question`` asked in a thread of its own, as it may take long; ``answer`` as for :meth:`call`."""
+        thread = threading.Thread(
+            target=lambda: self.mailbox.post("answer", (answer, _ask(question))), name="nonroot-work", daemon=True
+        )
+        thread.start()
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down, as its power button does."""

@@ -1,0 +1,153 @@
+"""The paravirtual disks and network cards of one domain, as its user speaks of them: by names, images and networks.
+
+    devices = GuestDevices(host)                  # nothing happens until something is wanted
+    devices.add_disk("/data/root.img,ro", "xvda")
+    devices.add_network(Network.parse("user", ["8080:80"]))
+    devices.close()
+
+Further kinds of devices that a domain is born with belong beside these, and into ``Runner``'s ``_plug``.
+"""
+
+import contextlib
+import random
+import threading
+from typing import Any
+
+from nonroot.backends.drive import Drive
+from nonroot.backends.switch import join_network
+from nonroot.backends.vbd import vdev_number
+from nonroot.backends.vif import random_mac
+from nonroot.backends.xenbus import XenbusState
+from nonroot.domain.drives import MOST_DISKS, disk_name
+from nonroot.domain.networks import Network
+from nonroot.domain.pv_devices import PvDevices
+from nonroot.domain.registry import runtime_dir
+from nonroot.errors import BadOptionError, NotRunningError
+from nonroot.xen.backend import FrontendAccess
+from nonroot.xenstore.client import XenStore
+from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
+
+__all__ = ["GuestDevices"]
+
+
+class GuestDevices:
+    """Methods: any thread; they may take long (an image of another format, a first network), so not the loop's."""
+
+    def __init__(self, host: FrontendAccess, hostname: str = "") -> None:
+        """``hostname``: the name that DHCP gives to the guest."""
+        self._host = host
+        self._hostname = hostname
+        self._lock = threading.Lock()
+        self._store: XenStore | None = None
+        self._devices: PvDevices | None = None
+        self._facts: dict[tuple[str, int], dict[str, Any]] = {}
+        self._closed = False
+
+    def _open(self) -> PvDevices:
+        with self._lock:
+            if self._closed:
+                raise NotRunningError("the domain is ending")
+            if self._devices is None:
+                self._store = XenStore()
+                self._devices = PvDevices(self._store, self._host)
+            return self._devices
+
+    # ── disks ──
+
+    def add_disk(self, text: str, vdev: str | None = None, cdrom: bool = False) -> dict[str, Any]:
+        """A disk of an image with its options; without ``vdev``, the first free of xvda to xvdp. Its facts.
+
+        BadOptionError, BadFileError, UnsupportedError.
+        """
+        drive = Drive.parse(text, "CD image" if cdrom else "disk image")
+        if cdrom:
+            drive = Drive(drive.path, True, False, drive.backing, drive.format, drive.what)
+        devices = self._open()
+        vdev = self._free_name() if vdev is None else vdev
+        device = devices.add_disk(vdev, drive, cdrom)
+        self._facts["vbd", device.number] = {
+            "vdev": vdev,
+            "number": device.number,
+            "image": drive.path,
+            "format": drive.effective_format,
+            "read_only": drive.read_only,
+            "overlay": drive.overlay,
+            "cdrom": cdrom,
+        }
+        return self._describe("vbd", device.number)
+
+    def _free_name(self) -> str:
+        taken = {number for kind, number in self._there() if kind == "vbd"}
+        for name in map(disk_name, range(MOST_DISKS)):
+            if vdev_number(name) not in taken:
+                return name
+        raise BadOptionError(f"the domain has {MOST_DISKS} disks already; name the place of a further one")
+
+    def remove_disk(self, vdev: str) -> None:
+        """Ask the guest to let go of it; it is gone when the guest has. NotRunningError if there is none."""
+        self._open().remove("vbd", vdev_number(vdev))
+
+    def resize_disk(self, vdev: str) -> None:
+        """Tell the guest that the image has another size. NotRunningError if there is no such disk."""
+        self._open().resized(vdev)
+
+    def disks(self) -> list[dict[str, Any]]:
+        """What there is, by number."""
+        return self._list("vbd")
+
+    # ── network cards ──
+
+    def add_network(self, network: Network, index: int | None = None) -> dict[str, Any]:
+        """A card; without ``index``, the first free number. Its facts. BadOptionError, SoftwareMissingError."""
+        devices = self._open()
+        mac = network.mac or random_mac(random.SystemRandom())
+        if network.is_user:
+            device = devices.add_card(network.user_network(self._hostname), mac, index)
+        else:
+            device = devices.join(join_network(runtime_dir(), network.name), mac, index)
+        self._facts["vif", device.number] = {"index": device.number, **network.to_wire(), "mac": mac}
+        return self._describe("vif", device.number)
+
+    def remove_network(self, index: int) -> None:
+        """Ask the guest to let go of a card. NotRunningError if there is none."""
+        self._open().remove("vif", index)
+
+    def networks(self) -> list[dict[str, Any]]:
+        """What there is, by number."""
+        return self._list("vif")
+
+    # ── both ──
+
+    def _there(self) -> list[tuple[str, int]]:
+        devices = self._devices
+        return [] if devices is None else [(device.kind, device.number) for device in devices.devices()]
+
+    def _list(self, kind: str) -> list[dict[str, Any]]:
+        numbers = sorted(number for found, number in self._there() if found == kind)
+        return [self._describe(kind, number) for number in numbers if (kind, number) in self._facts]
+
+    def _describe(self, kind: str, number: int) -> dict[str, Any]:
+        """The facts, and what XenStore says: the backend's state, and a disk's size in bytes."""
+        backend = f"/local/domain/0/backend/{kind}/{self._host.domid}/{number}"
+        facts = {**self._facts[kind, number], "backend": backend, "state": "unknown"}
+        store = self._store
+        if store is not None:
+            with contextlib.suppress(XenStoreError, XenStoreLostError):
+                state = store.read(f"{backend}/state") or ""
+                if state.isdigit() and int(state) in list(XenbusState):
+                    facts["state"] = XenbusState(int(state)).name.lower()
+                if kind == "vbd":
+                    sectors = store.read(f"{backend}/sectors") or ""
+                    facts["bytes"] = int(sectors) * 512 if sectors.isdigit() else None
+        return facts
+
+    def close(self) -> None:
+        """The domain is over. Any thread; closing twice does nothing."""
+        with self._lock:
+            self._closed = True
+            devices, self._devices = self._devices, None
+            store, self._store = self._store, None
+        if devices is not None:
+            devices.close()
+        if store is not None:
+            store.close()
