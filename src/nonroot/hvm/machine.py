@@ -6,8 +6,8 @@ will be behind one lock, taken around the dispatch of an exit.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from threading import Condition, get_ident
 from typing import Final
 from weakref import finalize
@@ -30,10 +30,11 @@ from nonroot.hvm.agent_port import LENGTH as AGENT_LENGTH
 from nonroot.hvm.agent_port import AgentPort
 from nonroot.hvm.bus import Bus
 from nonroot.hvm.clock import MachineClock
+from nonroot.hvm.config import MachineConfig, Outputs
 from nonroot.hvm.debug_port import CONSOLE as DEBUG_CONSOLE
 from nonroot.hvm.debug_port import DebugPort
 from nonroot.hvm.decode import WindowDecoder
-from nonroot.hvm.device import Device, StateError, TimedDevice
+from nonroot.hvm.device import Device, TimedDevice
 from nonroot.hvm.dispatch import HANDLERS, VIRTUAL_TIME_HANDLERS
 from nonroot.hvm.dma import GuestDma
 from nonroot.hvm.firmware import Firmware, boot_files, boot_registers, firmware_items
@@ -43,14 +44,14 @@ from nonroot.hvm.i8042 import I8042
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
 from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
-from nonroot.hvm.memory_record import MemoryRecord
 from nonroot.hvm.outcome import Outcome, Reason
-from nonroot.hvm.pc import POWER_SLOT, Attach, Board, TimedPart
+from nonroot.hvm.pc import POWER_SLOT, Board, TimedPart
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
 from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
 from nonroot.hvm.pit import PORT_B, Pit
 from nonroot.hvm.ram import BoardRam, DirtyLog, close_files, create_ram, create_rom
+from nonroot.hvm.records import restore_records, take_records
 from nonroot.hvm.reset import PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
 from nonroot.hvm.shadow import SMRAM_SIZE, ShadowRam, SystemManagementRam
@@ -68,64 +69,10 @@ DOORBELL_UART: Final = 1
 DOORBELL_TIMEOUT_NS: Final = 1000
 """The doorbell's receiver does not wait for further characters: one byte is all that comes."""
 DOORBELL: Final = b"\x07"
-MEMORY_PREFIX: Final = "memory."
 LONGEST_SLEEP_NS: Final = 10_000_000
 """How long a vCPU that waits in a hypercall is not asked whether it would rather go on."""
 EVENTS_KEPT: Final = 1024
 """Different (device, event) pairs that are counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
-    """What a machine is made of."""
-
-    memory_bytes: int
-    kernel: bytes = b""
-    """A bzImage, or an ELF with a PVH note; nothing with ``firmware``."""
-    firmware: Firmware | None = None
-    """Start in firmware, at the reset vector, instead of a kernel."""
-    attach: Sequence[Attach] = ()
-    """Devices of the PC: called with the board, in order, while the machine is made."""
-    reboot: bool | None = None
-    """Whether a reset (or a triple fault) starts the machine again, rather than ending the run. None: with firmware."""
-    cmdline: str = ""
-    initrd: bytes | None = None
-    protocol: str = "auto"
-    """``auto``, ``pvh``, ``linux64`` or ``linux32``."""
-    base_wall_ns: int = 0
-    """UTC at power-on, ns since 1970: what the RTC shows."""
-    uarts: int = 2
-    """Serial ports, 1..4."""
-    agent: bool = True
-    """Whether the agent's ports are there."""
-    scramble_seed: int | None = None
-    """Place every guest frame at a random place of the backing."""
-    virtual_time: tuple[int, int] | None = None
-    """Time as a function of retired instructions: (numerator, denominator) ns each. None: real time."""
-    random_seed: int = 0
-    """Where RDRAND starts in virtual time; in real time it is the host's."""
-    engine_off: frozenset[str] = field(default_factory=frozenset)
-    """Optimisations of the engine to switch off."""
-    xen: XenConfig | None = None
-    """Be a Xen for the guest; None: no Xen."""
-
-
-def _nobody(*arguments: object) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Where the guest's output goes. All are called in the vCPU's thread; one that blocks stops the guest."""
-
-    console: Callable[[int, bytes], object] = _nobody
-    """(number of the serial port, bytes)."""
-    agent: Callable[[bytes], object] = _nobody
-    """Bytes of the agent channel."""
-    agent_wants_input: Callable[[], object] = _nobody
-    """The agent has read everything that was sent to it."""
-    debug: Callable[[bytes], object] = _nobody
-    """Bytes of the debug console (port 0xE9)."""
 
 
 class Machine:
@@ -626,26 +573,11 @@ class Machine:
 
     def device_states(self) -> dict[str, bytes]:
         """The record of every device, by name, and of its memory (``memory.vga``); between runs."""
-        records = {device.name: device.state().pack() for device in self.devices}
-        for name, ram in self.board.memories.items():
-            records[MEMORY_PREFIX + name] = MemoryRecord.of(name, ram.view).pack()
-        return records
+        return take_records(self.devices, self.board.memories)
 
     def restore_device_states(self, records: Mapping[str, bytes]) -> None:
         """Check all records, then apply them. StateError (nothing changed) for a hostile, missing or unknown one."""
-        memories = self.board.memories
-        if set(records) != {device.name for device in self.devices} | {MEMORY_PREFIX + name for name in memories}:
-            raise StateError("the records are not those of this machine's devices")
-        parsed = [(device, type(device.state()).unpack(records[device.name])) for device in self.devices]
-        contents = [
-            (ram.view, MemoryRecord.unpack(name, ram.size, records[MEMORY_PREFIX + name]))
-            for name, ram in memories.items()
-        ]
-        # Memory before the devices: their registers say what is made of it.
-        for view, record in contents:
-            record.apply(view)
-        for device, state in parsed:
-            device.from_state(state)
+        restore_records(self.devices, self.board.memories, records)
         self.vcpu.flush()
 
     def statistics(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ A device of the PC comes onto the board by a function that takes the :class:`Boa
         board.ports.add(0x2E0, 4, beeper, sizes=(1,))  # a fixed, legacy range
         return beeper
 
-:class:`nonroot.hvm.machine.MachineConfig` carries such functions in ``attach``: they are called in order while the
+:class:`nonroot.hvm.config.MachineConfig` carries such functions in ``attach``: they are called in order while the
 machine is made. Slots in use: 0 host bridge, 1 PIIX3 (function 0 ISA, 1 IDE, 3 power management), 2 VGA, 3 watchdog;
 functions of one slot are registered one by one.
 """
