@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nonroot.hvm
-from nonroot.hvm.device import Device, StateError, StateRecord, TimedDevice
+from nonroot.hvm.device import Device, StateError, StateRecord
 from tests.hvm.makers import KINDS, Kind, Outside
 
 ALL = sorted(KINDS, key=lambda kind: kind.__name__)
@@ -44,8 +44,8 @@ def act(device: Device, outside: Outside, kind: Kind, script: list[Action]) -> l
     return seen
 
 
-def pass_time(device: Device, outside: Outside, duration: int) -> None:
-    if not isinstance(device, TimedDevice):
+def pass_time(device: Any, outside: Outside, duration: int) -> None:
+    if not hasattr(device, "deadline"):  # isinstance of a protocol takes thirty times as long
         outside.clock.time_ns += duration
         return
     end = outside.clock.time_ns + duration

@@ -188,7 +188,7 @@ def test_random_accesses_to_ide() -> None:
 
 
 def test_random_accesses_to_the_floppy() -> None:
-    hammer_floppy(FAST // 2, SEED)
+    hammer_floppy(FAST, SEED)
 
 
 @pytest.mark.soak
