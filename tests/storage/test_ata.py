@@ -146,7 +146,6 @@ def test_flush_reaches_the_medium_after_the_writes() -> None:
         driver.pio_out(bytes((opcode,)) * SECTOR)
         assert driver.no_data(opcode) == DRDY | DSC
         assert port.flushed.pop()[SECTOR : 2 * SECTOR] == bytes((opcode,)) * SECTOR
-    port.bad_status = BlockStatus.IO_ERROR
 
 
 def test_without_a_write_cache_every_write_is_flushed() -> None:

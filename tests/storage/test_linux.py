@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,28 @@ def test_the_cd_is_changed(domain: nonroot.Domain, place: Path) -> None:
     assert guest_sha256(domain, "/dev/sr0") == sha256(pattern(2 * MIB, 4))
     with pytest.raises(nonroot.BadFileError, match="does not exist"):
         domain.insert(place / "nowhere.iso")
+
+
+def test_a_full_host_disk_is_an_io_error(domain: nonroot.Domain, place: Path) -> None:
+    """The host gives the domain's process no room behind 12 MiB of a file: as with a full disk, writes there fail."""
+    before = (place / "disk.img").read_bytes()
+    _, most = resource.prlimit(domain.pid, resource.RLIMIT_FSIZE)
+    write = "dd if=/dev/zero of=/dev/disk bs=4k count=4 conv=fsync,notrunc seek="
+    resource.prlimit(domain.pid, resource.RLIMIT_FSIZE, (12 * MIB, most))
+    try:
+        failed = domain.run(f"{write}3328", timeout=120)
+        domain.run(f"{write}256", check=True)
+    finally:
+        resource.prlimit(domain.pid, resource.RLIMIT_FSIZE, (most, most))
+    assert failed.returncode != 0
+    assert "error" in failed.stderr.lower()
+    expected = bytearray(before)
+    expected[MIB : MIB + 16384] = bytes(16384)
+    assert (place / "disk.img").read_bytes() == expected, "what was there before stays"
+    domain.run(f"{write}3328", check=True)
+    expected[13 * MIB : 13 * MIB + 16384] = bytes(16384)
+    assert (place / "disk.img").read_bytes() == expected
+    assert guest_sha256(domain, "/dev/disk") == sha256(bytes(expected))
 
 
 def test_a_failing_disk_is_an_io_error(domain: nonroot.Domain, place: Path) -> None:

@@ -1,5 +1,6 @@
-"""The worker behind a drive: order, threads, virtual time, its end."""
+"""The worker behind a drive: order, threads, virtual time, its end; what a guest's FLUSH means."""
 
+import errno
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from nonroot.backends.service import BlockService
 from nonroot.devices.block import SECTOR, BlockOp, BlockRequest, BlockResult, BlockStatus
 from nonroot.devices.ide_unit import Disk
 from nonroot.hvm.clock import ManualClock
-from tests.storage.parts import DRDY, DSC, Driver, FailingImage, pattern
+from tests.storage.parts import BSY, DF, DRDY, DSC, ERR, Driver, FailingImage, pattern
 
 
 class Loop:
@@ -95,6 +96,72 @@ def test_in_virtual_time_answers_come_after_the_latency_and_not_before() -> None
 
 
 CONTENT = pattern(2 << 20)
+
+
+# ── FLUSH ──
+
+
+def disk(path: Path) -> tuple[Driver, Loop, BlockService]:
+    """A guest's driver, and a disk that is a file of the host."""
+    path.write_bytes(bytes(8 * SECTOR))
+    loop = Loop()
+    service = BlockService(RawImage(str(path)), loop.post)
+    return Driver((Disk(service), None, None, None)), loop, service
+
+
+@pytest.mark.parametrize("opcode", [0xE7, 0xEA])
+def test_a_flush_ends_when_stable_storage_has_the_data(
+    opcode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.img"
+    driver, loop, service = disk(path)
+    entered, may_return = threading.Event(), threading.Event()
+    synced: list[tuple[bool, bytes]] = []
+    fdatasync = os.fdatasync
+
+    def slow(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino == path.stat().st_ino, path.read_bytes()[SECTOR : 2 * SECTOR]))
+        entered.set()
+        may_return.wait(10)
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    driver.command(0x30, lba=1, count=1)
+    driver.ide.write_block(0, 2, b"w" * SECTOR)
+    loop.serve(1)
+    assert driver.acknowledge() == DRDY | DSC
+    assert synced == []
+    driver.command(opcode)
+    assert entered.wait(10)
+    assert driver.status & BSY
+    assert not driver.levels[0]
+    assert not loop.posted
+    may_return.set()
+    loop.serve(1)
+    assert driver.acknowledge() == DRDY | DSC
+    assert synced == [(True, b"w" * SECTOR)]
+    service.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_flush_that_fails_is_a_device_fault(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, loop, service = disk(tmp_path / "disk.img")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    driver.command(0xE7)
+    loop.serve(1)
+    assert driver.acknowledge() & (ERR | DF) == ERR | DF
+    monkeypatch.undo()
+    driver.command(0xE7)
+    loop.serve(1)
+    assert driver.acknowledge() == DRDY | DSC
+    service.close()
+
+
+# ── what the host has at hand ──
 
 
 @pytest.fixture
