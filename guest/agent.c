@@ -21,6 +21,10 @@ typedef unsigned long word;
 #define CHUNK (32 * 1024)
 #define STDIN_WINDOW (64 * 1024)
 #define MAX_STRINGS 8192
+#define SELF "/.nonroot-agent" /* where the host puts this program */
+#if !defined(SETUP) && !defined(TEST_STDIO)
+#define SETUP "/.nonroot/setup"
+#endif
 #define PATH_MAX 4096
 
 /* ---- system calls ---------------------------------------------------------------------------------------------------- */
@@ -28,9 +32,9 @@ typedef unsigned long word;
 #ifdef __x86_64__
 enum {
     SYS_read = 0, SYS_write = 1, SYS_close = 3, SYS_poll = 7, SYS_rt_sigprocmask = 14, SYS_ioctl = 16, SYS_dup2 = 33,
-    SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_uname = 63, SYS_fcntl = 72,
+    SYS_getpid = 39, SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_uname = 63, SYS_fcntl = 72,
     SYS_chdir = 80, SYS_fchmod = 91, SYS_setsid = 112, SYS_prctl = 157, SYS_sync = 162, SYS_mount = 165,
-    SYS_reboot = 169, SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
+    SYS_umount2 = 166, SYS_reboot = 169, SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
     SYS_mkdirat = 258, SYS_unlinkat = 263, SYS_symlinkat = 266, SYS_readlinkat = 267, SYS_fchmodat = 268,
     SYS_utimensat = 280, SYS_signalfd4 = 289, SYS_pipe2 = 293, SYS_statx = 332
 };
@@ -45,8 +49,8 @@ static long call5(long n, word a, word b, word c, word d, word e)
 __asm__(".globl _start\n_start:\n\txor %ebp,%ebp\n\tand $-16,%rsp\n\tcall agent_main\n\thlt\n");
 #else
 enum {
-    SYS_fork = 2, SYS_read = 3, SYS_write = 4, SYS_close = 6, SYS_execve = 11, SYS_chdir = 12, SYS_mount = 21,
-    SYS_sync = 36, SYS_kill = 37, SYS_ioctl = 54, SYS_dup2 = 63, SYS_setsid = 66, SYS_sethostname = 74, SYS_reboot = 88,
+    SYS_fork = 2, SYS_read = 3, SYS_write = 4, SYS_close = 6, SYS_execve = 11, SYS_chdir = 12, SYS_getpid = 20, SYS_mount = 21,
+    SYS_sync = 36, SYS_kill = 37, SYS_umount2 = 52, SYS_ioctl = 54, SYS_dup2 = 63, SYS_setsid = 66, SYS_sethostname = 74, SYS_reboot = 88,
     SYS_fchmod = 94, SYS_ioperm = 101, SYS_wait4 = 114, SYS_uname = 122, SYS_poll = 168, SYS_prctl = 172,
     SYS_rt_sigprocmask = 175, SYS_getdents64 = 220, SYS_fcntl = 221, SYS_exit_group = 252, SYS_openat = 295,
     SYS_mkdirat = 296, SYS_unlinkat = 301, SYS_symlinkat = 304, SYS_readlinkat = 305, SYS_fchmodat = 306, SYS_utimensat = 320,
@@ -68,7 +72,7 @@ __asm__(".globl _start\n_start:\n\txor %ebp,%ebp\n\tand $-16,%esp\n\tcall agent_
 #define call3(n, a, b, c) call5(n, W(a), W(b), W(c), 0, 0)
 #define call4(n, a, b, c, d) call5(n, W(a), W(b), W(c), W(d), 0)
 
-enum { ENOENT = 2, EINTR = 4, EIO = 5, E2BIG = 7, EAGAIN = 11, EACCES = 13, EBUSY = 16, EEXIST = 17, ENOTDIR = 20, EISDIR = 21,
+enum { ENOENT = 2, EINTR = 4, EIO = 5, E2BIG = 7, ECHILD = 10, EAGAIN = 11, EACCES = 13, EBUSY = 16, EEXIST = 17, ENOTDIR = 20, EISDIR = 21,
        EINVAL = 22, ENAMETOOLONG = 36, ELOOP = 40, EPROTO = 71, ECANCELED = 125 };
 enum { O_RDONLY = 0, O_WRONLY = 1, O_RDWR = 2, O_CREAT = 0100, O_NOCTTY = 0400, O_TRUNC = 01000, O_NONBLOCK = 04000,
        O_DIRECTORY = 0200000, O_NOFOLLOW = 0400000, O_CLOEXEC = 02000000,
@@ -79,7 +83,8 @@ enum { O_RDONLY = 0, O_WRONLY = 1, O_RDWR = 2, O_CREAT = 0100, O_NOCTTY = 0400, 
 #endif
 enum { AT_FDCWD = -100, AT_SYMLINK_NOFOLLOW = 0x100 };
 enum { POLLIN = 1, POLLOUT = 4, POLLERR = 8, POLLHUP = 16 };
-enum { SIGKILL = 9, SIGPIPE = 13, SIGCHLD = 17 };
+enum { SIGINT = 2, SIGKILL = 9, SIGUSR1 = 10, SIGUSR2 = 12, SIGPIPE = 13, SIGTERM = 15, SIGCHLD = 17 };
+enum { RESTART = 0x01234567, HALT = 0xcdef0123, POWER_DOWN = 0x4321fedc }; /* of reboot() */
 enum { S_IFMT = 0170000, S_IFDIR = 0040000, S_IFREG = 0100000, S_IFLNK = 0120000 };
 
 struct pollfd { int fd; short events, revents; };
@@ -292,16 +297,96 @@ static void close_fd(int *fd)
 }
 static void nonblocking(int fd) { call3(SYS_fcntl, fd, 4 /* F_SETFL */, O_NONBLOCK); }
 
-static void power_off(void)
+#ifndef TEST_STDIO
+/* Send every process a signal, and wait up to half a second until none is left; false if some are. */
+static int end_processes(int signal)
+{
+    call2(SYS_kill, -1, signal);
+    for (int i = 0; i < 50; i++) {
+        int status;
+        long r;
+        while ((r = call4(SYS_wait4, -1, &status, 1 /* WNOHANG */, 0)) > 0)
+            ;
+        if (r == -ECHILD)
+            return 1;
+        call3(SYS_poll, 0, 0, 10);
+    }
+    return 0;
+}
+/* Undo the escapes (\\040) of a path in /proc/mounts. */
+static void unescape(char *path)
+{
+    char *to = path;
+    for (; *path; path++)
+        if (path[0] == '\\' && path[1] && path[2] && path[3]) {
+            *to++ = (char)((path[1] - '0') << 6 | (path[2] - '0') << 3 | (path[3] - '0'));
+            path += 3;
+        } else {
+            *to++ = *path;
+        }
+    *to = 0;
+}
+/* File systems on disks and shares, the last one mounted first: unmounted, or else read-only from now on. */
+static void unmount_all(void)
+{
+    static char mounts[32 * 1024];
+    long fd = call4(SYS_openat, AT_FDCWD, "/proc/self/mounts", O_RDONLY | O_CLOEXEC, 0), r;
+    word size = 0;
+    if (fd < 0)
+        return;
+    while (size < sizeof mounts - 1 && (r = call3(SYS_read, fd, mounts + size, sizeof mounts - 1 - size)) > 0)
+        size += (word)r;
+    call1(SYS_close, fd);
+    while (size) {
+        word at = size;
+        char *field[3];
+        int n = 0;
+        while (at && mounts[at - 1] != '\n')
+            at--;
+        mounts[size] = 0;
+        size = at ? at - 1 : 0;
+        for (char *c = mounts + at; *c && n < 3; n++) {
+            field[n] = c;
+            while (*c && *c != ' ')
+                c++;
+            if (*c)
+                *c++ = 0;
+        }
+        if (n < 3 || (field[0][0] != '/' && field[2][0] != '9' /* 9p */))
+            continue;
+        unescape(field[1]);
+        if (call2(SYS_umount2, field[1], 0) < 0)
+            call5(SYS_mount, 0, W(field[1]), 0, 33 /* MS_REMOUNT | MS_RDONLY */, 0);
+    }
+}
+#endif
+
+static void end_machine(u32 how)
 {
 #ifndef TEST_STDIO
     call0(SYS_sync);
-    call4(SYS_reboot, 0xfee1dead, 0x28121969, 0x4321fedc /* POWER_OFF */, 0);
-    call4(SYS_reboot, 0xfee1dead, 0x28121969, 0xcdef0123 /* HALT */, 0);
+    call4(SYS_reboot, 0xfee1dead, 0x28121969, how, 0);
+    call4(SYS_reboot, 0xfee1dead, 0x28121969, HALT, 0);
+#else
+    (void)how;
 #endif
     call1(SYS_exit_group, 0);
     for (;;)
         ;
+}
+static void power_off(void) { end_machine(POWER_DOWN); }
+
+/* End as a system does: processes are asked, then killed; file systems are left clean. */
+static void shut_down(u32 how)
+{
+    call0(SYS_sync);
+    send(BYE, 0, 0);
+#ifndef TEST_STDIO
+    if (!end_processes(SIGTERM))
+        end_processes(SIGKILL);
+    unmount_all();
+#endif
+    end_machine(how);
 }
 
 /* ---- starting a command ------------------------------------------------------------------------------------------------------ */
@@ -1000,9 +1085,7 @@ static void dispatch(u8 type, u8 *p, u32 n)
         send(PONG, p, n);
         break;
     case POWER_OFF:
-        call0(SYS_sync);
-        send(BYE, 0, 0);
-        power_off();
+        shut_down(POWER_DOWN);
         break;
     default:
         send_log("unknown frame");
@@ -1049,6 +1132,17 @@ static void drain(int fd)
         ;
 }
 
+/* What poweroff, halt and reboot send to PID 1, and the kernel on Ctrl-Alt-Del; a child that ended is for reap(). */
+static void take_signals(void)
+{
+    static u32 info[32]; /* struct signalfd_siginfo */
+    while (signal_fd >= 0 && call3(SYS_read, signal_fd, info, sizeof info) == (long)sizeof info)
+        if (info[0] == SIGUSR1 || info[0] == SIGUSR2)
+            shut_down(POWER_DOWN);
+        else if (info[0] == SIGTERM || info[0] == SIGINT)
+            shut_down(RESTART);
+}
+
 /* Sleep until the host rings (or sends), the command does something, or a child ends. */
 static void wait_for_host(int milliseconds)
 {
@@ -1082,7 +1176,7 @@ static void wait_for_host(int milliseconds)
     if (doorbell >= 0 && set[doorbell].revents && transport == BY_PORTS)
         drain(read_fd); /* ring once, look at the ports: the order loses nothing */
     if (signals >= 0 && set[signals].revents)
-        drain(signal_fd);
+        take_signals();
     if (input >= 0 && set[input].revents & POLLERR) {
         close_fd(&in_fd);
         pump_stdin();
@@ -1119,6 +1213,15 @@ static void set_up_system(void)
         call1(SYS_close, fd);
     }
 }
+/* The kernel powers off by a program of its choice when its hypervisor asks it to: that is us (see agent_main). */
+static void take_power_off(void)
+{
+    long fd = call4(SYS_openat, AT_FDCWD, "/proc/sys/kernel/poweroff_cmd", O_WRONLY | O_CLOEXEC, 0);
+    if (fd < 0)
+        return;
+    call3(SYS_write, fd, SELF, sizeof SELF - 1);
+    call1(SYS_close, fd);
+}
 static int open_channel(void)
 {
     struct termios raw;
@@ -1135,6 +1238,52 @@ static int open_channel(void)
     transport = BY_SERIAL;
     write_fd = read_fd;
     return read_fd >= 0;
+}
+#endif
+
+#ifdef SETUP
+static char said[4096]; /* by the set-up program: its complaints */
+static word said_size;
+
+/* What the host put into the initramfs for its devices: loads modules, asks for addresses. Nothing happens without it. */
+static void set_up_devices(void)
+{
+    static char *argv[] = { (char *)SETUP, 0 };
+    static char *env[] = { (char *)"PATH=/usr/sbin:/usr/bin:/sbin:/bin", (char *)"HOME=/root", 0 };
+    int out[2], status;
+    long pid, r;
+    if (!path_mode(SETUP, 1) || call2(SYS_pipe2, out, O_CLOEXEC) < 0)
+        return;
+    pid = call0(SYS_fork);
+    if (pid == 0) {
+        call2(SYS_dup2, out[1], 1);
+        call2(SYS_dup2, out[1], 2);
+        call3(SYS_execve, argv[0], argv, env);
+        call1(SYS_exit_group, 127);
+    }
+    call1(SYS_close, out[1]);
+    for (;;) {
+        word room = sizeof said - said_size;
+        r = room ? call3(SYS_read, out[0], said + said_size, room) : call3(SYS_read, out[0], chunk, sizeof chunk);
+        if (r == -EINTR)
+            continue;
+        if (r <= 0)
+            break;
+        if (room)
+            said_size += (word)r;
+    }
+    call1(SYS_close, out[0]);
+    while (pid > 0 && call4(SYS_wait4, pid, &status, 0, 0) == -EINTR)
+        ;
+}
+static void pass_on_complaints(void)
+{
+    for (word at = 0, end; at < said_size; at = end + 1) {
+        for (end = at; end < said_size && said[end] != '\n'; end++)
+            ;
+        if (end > at)
+            send(LOG, said + at, (u32)(end - at));
+    }
 }
 #endif
 
@@ -1158,15 +1307,23 @@ static void say_hello(void)
 
 __attribute__((used, noreturn)) void agent_main(void)
 {
-    u64 mask = 1ull << (SIGCHLD - 1), blocked = mask | 1ull << (SIGPIPE - 1);
 #ifdef TEST_STDIO
+    u64 mask = 1ull << (SIGCHLD - 1), blocked = mask | 1ull << (SIGPIPE - 1);
     transport = BY_STDIO;
     read_fd = (int)call3(SYS_fcntl, 0, 1030 /* F_DUPFD_CLOEXEC */, 3);
     write_fd = (int)call3(SYS_fcntl, 1, 1030, 3);
     nonblocking(read_fd);
     nonblocking(write_fd);
 #else
+    u64 mask = 1ull << (SIGCHLD - 1) | 1ull << (SIGINT - 1) | 1ull << (SIGUSR1 - 1) | 1ull << (SIGUSR2 - 1)
+               | 1ull << (SIGTERM - 1);
+    u64 blocked = mask | 1ull << (SIGPIPE - 1);
+    if (call0(SYS_getpid) != 1) { /* the kernel's program to power off */
+        call2(SYS_kill, 1, SIGUSR2);
+        call1(SYS_exit_group, 0);
+    }
     set_up_system();
+    take_power_off();
     /* File descriptors 0 to 2 must be taken (the kernel opened /dev/console, if it could). */
     for (;;) {
         long fd = call4(SYS_openat, AT_FDCWD, "/dev/null", O_RDWR, 0);
@@ -1175,18 +1332,26 @@ __attribute__((used, noreturn)) void agent_main(void)
         if (fd < 0 || fd > 1)
             break;
     }
+    set_up_devices();
     if (!open_channel()) {
         static const char message[] = "nonroot: this kernel offers neither I/O ports nor a second serial port to the agent\n";
         call3(SYS_write, 1, message, sizeof message - 1);
         power_off();
     }
 #endif
+#if defined(SETUP) && defined(TEST_STDIO)
+    set_up_devices();
+#endif
     call4(SYS_rt_sigprocmask, 0 /* SIG_BLOCK */, &blocked, 0, 8);
     signal_fd = (int)call4(SYS_signalfd4, -1, &mask, 8, O_NONBLOCK | O_CLOEXEC);
     say_hello();
+#ifdef SETUP
+    pass_on_complaints();
+#endif
     for (;;) {
         int busy = 0;
         pump_frames();
+        take_signals();
         reap();
         if (child) {
             busy |= pump_output(&out_fd, STDOUT);

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nonroot.display.screen import HasScreen
 from nonroot.domain.client import DomainClient, check_version
+from nonroot.domain.device_commands import HasDevices, drive_text
 from nonroot.domain.expect import Console
 from nonroot.domain.find_guest import SEABIOS, find_firmware, find_guest
 from nonroot.domain.guest_commands import RunsCommands
 from nonroot.domain.memory import Memory
 from nonroot.domain.options import DomainOptions, parse_size
 from nonroot.domain.wire import Kind
+from nonroot.domain.xen_choice import choose_xen
 from nonroot.errors import (
+    BadOptionError,
     BootTimeoutError,
     DomainLostError,
     NonrootError,
@@ -71,7 +74,7 @@ class Statistics:
     """The engine's own counters."""
 
 
-class Domain(RunsCommands, HasScreen):
+class Domain(RunsCommands, HasScreen, HasDevices):
     """A guest in a process of its own. Use it as a context manager, or :meth:`start` and :meth:`destroy` it.
 
     Without a kernel it boots Debian's cloud kernel with a busybox userland, fetched at the first use (see
@@ -105,7 +108,9 @@ class Domain(RunsCommands, HasScreen):
         serial_firmware: bool = False,
         reboot: bool = True,
         display: bool = False,
-        xen: bool = False,
+        xen: bool | None = False,
+        networks: Iterable[str] = (),
+        publish: Iterable[str] = (),
         name: str | None = None,
         console: bool = True,
         fetch: bool = True,
@@ -129,8 +134,9 @@ class Domain(RunsCommands, HasScreen):
         :param agent_ports: let the agent use its I/O ports; without them it uses the second serial port, slowly.
         :param off: names of the engine's optimisations to switch off.
         :param firmware: start in firmware, not a kernel: ``"seabios"`` or ``"ovmf"`` (fetched), or an image's path.
-        :param disks: disk images, each a path or text ``IMG[,ro][,overlay][,backing][,format=NAME]``. A domain
-            with drives and without ``kernel`` and ``flavour`` starts in the firmware ``"seabios"``.
+        :param disks: disk images, each a path or text ``IMG[,ro][,overlay][,backing][,format=NAME][,ide]``; xvda … for
+            a kernel that is started as Xen's, with ``ide`` and for all others hda …. A domain with drives and without
+            ``kernel`` and ``flavour`` starts in the firmware ``"seabios"``.
         :param cdrom: a CD image or several; ``"none"`` is an empty drive.
         :param floppy: a floppy image or two; ``"none"`` is an empty drive.
         :param boot: what the firmware boots from, in order: ``a`` floppy, ``c`` disk, ``d`` CD.
@@ -138,7 +144,12 @@ class Domain(RunsCommands, HasScreen):
         :param serial_firmware: have the firmware show its text on the first serial port too.
         :param reboot: start a guest of firmware again when it resets, rather than end.
         :param display: have a screen, keyboard and mouse also without firmware, which has them always.
-        :param xen: be a Xen for the guest: hypercalls, Xen's clock and timer, and its console, hvc0.
+        :param xen: be a Xen for the guest: hypercalls, Xen's clock and timer, its console (hvc0), disks (xvda …) and
+            network cards. None: if a kernel is started that knows Xen, and not in virtual time.
+        :param networks: of network cards: ``"user"`` is the user's own view of the network, any other name a network
+            between domains; text ``NETWORK[,mac=MAC][,ip=ADDRESS/BITS][,isolated][,loopback]``.
+        :param publish: ports of this machine that lead into the guest, ``"[ADDRESS:]PORT:GUEST-PORT[/udp]"``; adds
+            the network ``"user"`` if there is none.
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
@@ -170,7 +181,7 @@ class Domain(RunsCommands, HasScreen):
             scramble_seed=scramble_seed,
             agent_ports=agent_ports,
             off=list(off),
-            disks=[_drive(disk) for disk in disks],
+            disks=[drive_text(disk) for disk in disks],
             cdroms=_media(cdrom),
             floppies=_media(floppy),
             boot=boot,
@@ -179,6 +190,8 @@ class Domain(RunsCommands, HasScreen):
             reboot=reboot,
             display=display,
             xen=xen,
+            networks=_texts(networks, "networks"),
+            publish=_texts(publish, "publish"),
         )
         self._name = name
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
@@ -209,6 +222,7 @@ class Domain(RunsCommands, HasScreen):
             find_firmware(options, self._firmware, self._fetch_progress, self._fetch)
         else:
             self.note = find_guest(options, self._flavour, self._fetch_progress, self._fetch)
+        choose_xen(options)
         self._started = True
         client = self._client
         client.on_event = self._event
@@ -256,7 +270,7 @@ class Domain(RunsCommands, HasScreen):
 
     def insert(self, image: str | os.PathLike[str], drive: str = "cd0") -> None:
         """Put an image into a drive, instead of what is in there. BadFileError if it cannot be used."""
-        self._request("insert", drive=drive, image=_drive(image))
+        self._request("insert", drive=drive, image=drive_text(image))
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down by its power button; whether it does is its own decision."""
@@ -414,19 +428,16 @@ class Domain(RunsCommands, HasScreen):
         self._stopped.set()
 
 
-def _drive(image: str | os.PathLike[str]) -> str:
-    """What the domain's process parses: text with options, its path absolute; a path is only a path."""
-    if not isinstance(image, str):
-        return os.path.abspath(image).replace(",", ",,")  # noqa: PTH100 - resolve() would follow links
-    if image == "none" or not image or image.startswith(","):
-        return image
-    return os.path.join(os.getcwd(), image) if not os.path.isabs(image) else image  # noqa: PTH109, PTH117, PTH118
+def _texts(values: Iterable[str], what: str) -> list[str]:
+    if isinstance(values, str):
+        raise BadOptionError(f"{what} is a list of texts, not one text")
+    return list(values)
 
 
 def _media(media: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> list[str]:
     if media is None:
         return []
-    return [_drive(one) for one in ([media] if isinstance(media, (str, os.PathLike)) else media)]
+    return [drive_text(one) for one in ([media] if isinstance(media, (str, os.PathLike)) else media)]
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:

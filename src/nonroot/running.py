@@ -10,11 +10,12 @@ from typing import Any, Self
 from nonroot.display.screen import HasScreen
 from nonroot.domain import registry
 from nonroot.domain.client import DomainClient, check_version
+from nonroot.domain.device_commands import HasDevices
 
 __all__ = ["RunningDomain", "connect", "running"]
 
 
-class RunningDomain(HasScreen):
+class RunningDomain(HasScreen, HasDevices):
     """A connection to a domain that somebody else started. Closing it leaves the domain alone."""
 
     def __init__(self, entry: registry.Entry) -> None:

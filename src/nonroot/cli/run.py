@@ -48,6 +48,8 @@ Examples:
   nonroot run --copy-in .:/src --workdir /src -- ./test.sh
   nonroot run --copy-out /proc/cpuinfo:cpuinfo.txt -- true
   nonroot run --json --timeout 60 -- dmesg
+  nonroot run --disk data.img -- mount /dev/xvda /mnt
+  nonroot run --net user -- wget -O - http://example.org/
   nonroot run --memory 1G --append nokaslr       the console; Ctrl-] leaves
 """
 
@@ -109,13 +111,31 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
     help="Start in firmware (seabios, ovmf, or an image) that boots from disk, CD or floppy.",
 )
 @click.option(
-    "--disk", metavar="IMG[,OPTION]...", multiple=True, help="A disk; options: ro, overlay, format=NAME, backing."
+    "--disk", metavar="IMG[,OPTION]...", multiple=True, help="A disk; options: ro, overlay, format=NAME, backing, ide."
 )
 @click.option("--cdrom", metavar="ISO", multiple=True, help="A CD; none is an empty drive.")
 @click.option("--floppy", metavar="IMG[,OPTION]...", multiple=True, help="A floppy; none is an empty drive.")
 @click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
-@click.option("--xen/--no-xen", default=False, help="Be a Xen for the guest: hypercalls, clock, console hvc0.")
+@click.option(
+    "--xen/--no-xen",
+    default=False,
+    help="Be a Xen for the guest: clock, console, disks, network.  [default: if a kernel that knows Xen is started]",
+)
+@click.option(
+    "--net",
+    metavar="NETWORK[,OPTION]...",
+    multiple=True,
+    help="A network card: user is your view of the network, another name is a network between domains; "
+    "options: mac=MAC, ip=ADDRESS/BITS, isolated.",
+)
+@click.option(
+    "-p",
+    "--publish",
+    metavar="[ADDRESS:]PORT:GUEST-PORT[/udp]",
+    multiple=True,
+    help="Lead a port of this machine into the guest; implies --net user.",
+)
 @click.option("--name", metavar="NAME", help="Be found under this name (see list).  [default: a free one]")
 @click.option("--display", is_flag=True, help="Have a screen, keyboard and mouse; with a BIOS they are there anyway.")
 @click.option(
@@ -156,7 +176,9 @@ def run(
     floppy: tuple[str, ...],
     boot: str | None,
     boot_menu: bool,
-    xen: bool,
+    xen: bool | None,
+    net: tuple[str, ...],
+    publish: tuple[str, ...],
     name: str | None,
     display: bool,
     vnc: str | None,
@@ -227,6 +249,8 @@ def run(
             "boot": boot or "cd",
             "boot_menu": boot_menu,
             "xen": xen,
+            "networks": net,
+            "publish": publish,
             "name": name,
             "display": display or vnc is not None,
             "flavour": flavour,
@@ -457,8 +481,8 @@ class Session:
         self.reporter.raw(printable(data))
 
     def _event(self, record: dict[str, Any]) -> None:
-        if record.get("event") == "agent_log" and self.reporter.verbose:
-            self.reporter.line(f"the agent says: {printable(str(record.get('text', '')).encode())}")
+        if record.get("event") == "agent_log" and not self.reporter.quiet:
+            self.reporter.line(printable(str(record.get("text", "")).encode()))
 
     def _ended_by(self, number: int) -> int:
         self.reporter.clear()

@@ -105,6 +105,7 @@ class AgentSession:
         self._current: Operation | None = None
         self._waiters: list[tuple[Client, int]] = []
         self._logs = 0
+        self._early: list[str] = []
         self._shell_asked = False
         self._shell: bytes | None = None
         self._shell_client: Client | None = None
@@ -165,6 +166,7 @@ class AgentSession:
     ) -> None:
         """Run an interactive command on the guest's console as soon as it can be; its end powers the guest off."""
         self._shell_client = client
+        self._tell_logs()
         self._shell = frames.encode_start(argv, env, b"/root", StartFlag.CONSOLE, rows, cols, WINDOW)
         self._pump()
 
@@ -271,8 +273,17 @@ class AgentSession:
             self.said_goodbye = True
         elif kind == FromGuest.LOG:
             self._logs += 1
-            if current is not None and self._logs <= MAX_LOGS:
-                current.client.event("agent_log", text=payload[:500].decode("utf-8", "replace"))
+            if self._logs <= MAX_LOGS:
+                self._early.append(payload[:500].decode("utf-8", "replace"))
+                self._tell_logs()
+
+    def _tell_logs(self) -> None:
+        """What was logged before anybody used the guest is told to the first who does."""
+        client = self._current.client if self._current is not None else self._shell_client
+        if client is not None:
+            for text in self._early:
+                client.event("agent_log", text=text)
+            self._early.clear()
 
     def _output(self, kind: FromGuest, payload: bytes) -> None:
         current = self._current
@@ -422,6 +433,7 @@ class AgentSession:
         current = self._current
         if current is None:
             return
+        self._tell_logs()
         if not current.started:
             current.started = True
             self._guest.send(current.first)

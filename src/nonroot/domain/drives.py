@@ -14,7 +14,16 @@ from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadOptionError, UnsupportedError
 from nonroot.hvm.pc import Board
 
-__all__ = ["EMPTY", "MOST_DISKS", "Drives", "check_drives", "disk_name", "ide_disks", "paravirtual_disks"]
+__all__ = [
+    "EMPTY",
+    "MOST_DISKS",
+    "Drives",
+    "check_drives",
+    "disk_name",
+    "has_named_places",
+    "ide_disks",
+    "paravirtual_disks",
+]
 
 EMPTY: Final = "none"
 """Instead of an image: an empty drive."""
@@ -29,13 +38,12 @@ CD_ORDER: Final = (2, 3, 1, 0)
 
 IDE: Final = "ide"
 """The option of a disk that is to be an emulated one although it need not."""
-_PLACE: Final = re.compile(r"(xvd|sd|hd)[a-z]{1,2}")
+_PLACE: Final = re.compile(r"xvd[a-z]{1,2}")
 
 
 def check_drives(options: DomainOptions) -> None:
     """BadOptionError or BadFileError, one sentence, for drives that cannot be; images are looked at, not locked."""
-    places = [_place(text)[0] for text in options.disks]
-    if options.xen is False and any(place not in (None, IDE) for place in places):
+    if options.xen is False and has_named_places(options):
         raise BadOptionError("only a domain with Xen's disks has names for their places: leave xvda and the like out")
     emulated = ide_disks(options)
     if len(emulated) + len(options.cdroms) > IDE_PLACES:
@@ -60,6 +68,11 @@ def _place(text: str) -> tuple[str | None, str]:
 def _is_paravirtual(options: DomainOptions, place: str | None) -> bool:
     """Whether a disk is Xen's: in a guest of firmware only those with a place of Xen's, which its boot disk has not."""
     return options.xen is not False and place != IDE and (options.firmware is None or place is not None)
+
+
+def has_named_places(options: DomainOptions) -> bool:
+    """Whether a disk asks for a place among Xen's."""
+    return any(_place(text)[0] not in (None, IDE) for text in options.disks)
 
 
 def ide_disks(options: DomainOptions) -> list[str]:

@@ -31,12 +31,15 @@ def find_guest(options: DomainOptions, flavour: str | None, progress: Progress, 
         guest = guests.linux(flavour or usual, progress=progress, allow_fetch=allow_fetch)
         if guest.is_linux and guest.initrd is not None:
             options.initrd = os.fspath(guest.initrd)
+            options.setup = True
         return None
     guest = guests.linux(flavour or guests.DEFAULT_FLAVOUR, progress=progress, allow_fetch=allow_fetch)
     options.kernel = os.fspath(guest.kernel)
     options.initrd = None if guest.initrd is None else os.fspath(guest.initrd)
     if not guest.is_linux:
         options.agent = False
+    options.setup = guest.is_linux
+    options.modules = None if guest.modules is None else os.fspath(guest.modules)
     check_readable(options.kernel, "kernel")
     return guest.note
 

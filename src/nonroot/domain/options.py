@@ -100,6 +100,10 @@ class DomainOptions:
     """The networks of its cards, as :class:`nonroot.domain.networks.Network` parses them."""
     publish: list[str] = field(default_factory=list)
     """Ports of this machine that lead into the guest: ``[ADDRESS:]PORT:GUEST-PORT[/udp]``."""
+    setup: bool = False
+    """The initramfs has the userland that nonroot makes: a script of ours brings the devices up in it."""
+    modules: str | None = None
+    """The folder ``lib/modules/VERSION`` of the kernel, if it is guest software of ours."""
     name: str = ""
     """As XenStore shows it; empty takes one from its number."""
     domid: int = 0

@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nonroot.boot.cpio import append
 from nonroot.devices.display import Console as Seated
 from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
 from nonroot.domain import pc
 from nonroot.domain.display import Seat
 from nonroot.domain.drives import Drives, paravirtual_disks
+from nonroot.domain.guest_setup import INIT_PATH, GuestSetup
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
@@ -36,6 +38,7 @@ from nonroot.xen.config import XenConfig
 if TYPE_CHECKING:
     from nonroot.domain.guest_devices import GuestDevices
     from nonroot.domain.xen import XenServices
+    from nonroot.hvm.machine import Machine
     from nonroot.xen.host import XenHost
 
 __all__ = ["Runner", "Stop"]
@@ -72,25 +75,54 @@ class Runner:
     def __init__(self, options: DomainOptions, progress: Callable[[str], None]) -> None:
         """Build the machine. BadFileError, BadOptionError and their relatives for what cannot be booted."""
         from nonroot.engines import select
-        from nonroot.hvm.machine import Machine, MachineConfig, Outputs
-        from nonroot.hvm.memory_map import MemorySizeError
 
         self.mailbox = Mailbox()
         self._options = options
         self._choice = select.choose(options.engine)
+        self.guest_devices: GuestDevices | None = None
+        """Its paravirtual devices, if it is Xen's."""
+        self.xen, self._xen_reason = _xen_services(options)
+        """The domain's dealings with XenStore, if it is Xen's."""
+        options.xen = self.xen is not None
+        try:
+            self._machine = self._build(progress)
+        except BaseException:
+            self.close()
+            raise
+        self.seat = self._find_seat()
+        """The screen and the keyboard; None if there is none."""
+        self._eager = options.virtual_time
+        self._pieces = 0  # that the agent has sent
+        self._released = 0  # that the loop has acted on
+        self._changed = threading.Condition()
+        self._console = bytearray()
+        self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
+        self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
+        self._by_serial: bool | None = None
+        self._state = "created"
+        self._paused = False
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._thread: threading.Thread | None = None
+
+    def _build(self, progress: Callable[[str], None]) -> "Machine":
+        from nonroot.engines import select
+        from nonroot.hvm.machine import Machine, MachineConfig, Outputs
+        from nonroot.hvm.memory_map import MemorySizeError
+
+        options = self._options
         engine = select.create(self._choice.engine)
         firmware = pc.firmware(options)
         progress("loading the kernel" if firmware is None else "loading the firmware")
         kernel = b"" if firmware is not None else _read(options.kernel or "", "kernel")
         initrd = None if options.initrd is None else _read(options.initrd, "initrd")
+        setup = guest_setup(options)
+        if setup is not None:
+            initrd = append(initrd or b"", setup.archive())
         if options.agent:
             initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
-        self._command_line = command_line(options)
+        self._command_line = command_line(options, setup is not None)
         self.drives = Drives(options)
-        self.xen = _xen_services(options)
-        """The domain's dealings with XenStore, if it is Xen's."""
-        self.guest_devices: GuestDevices | None = None
-        """Its paravirtual devices, if it is Xen's."""
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
@@ -110,30 +142,13 @@ class Runner:
         )
         outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
         try:
-            self._machine = Machine(config, engine, outputs)
-            if self.xen is not None and self._machine.xen is not None:
-                self.xen.attach(self._machine.xen)
-                self.guest_devices = self._plug(self._machine.xen)
+            machine = Machine(config, engine, outputs)
         except MemorySizeError as error:
             raise BadOptionError(str(error)) from None
-        finally:
-            if self.xen is not None and self.guest_devices is None:
-                self.xen.close()
-        self.seat = self._find_seat()
-        """The screen and the keyboard; None if there is none."""
-        self._eager = options.virtual_time
-        self._pieces = 0  # that the agent has sent
-        self._released = 0  # that the loop has acted on
-        self._changed = threading.Condition()
-        self._console = bytearray()
-        self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
-        self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
-        self._by_serial: bool | None = None
-        self._state = "created"
-        self._paused = False
-        self._began = time.monotonic()
-        self._ended: float | None = None
-        self._thread: threading.Thread | None = None
+        if self.xen is not None and machine.xen is not None:
+            self.xen.attach(machine.xen)
+            self.guest_devices = self._plug(machine.xen)
+        return machine
 
     def _plug(self, host: "XenHost") -> "GuestDevices":
         """What the domain is born with."""
@@ -179,6 +194,8 @@ class Runner:
             "command_line": self._command_line,
             "memory": self._options.memory,
             "virtual_time": self._options.virtual_time,
+            "xen": self.xen is not None,
+            "xen_reason": self._xen_reason,
         }
 
     @property
@@ -414,23 +431,41 @@ class Runner:
                 self._changed.acquire()
 
 
-def command_line(options: DomainOptions) -> str:
-    """The kernel's command line; the user's part comes last, so that it wins."""
+def command_line(options: DomainOptions, setup: bool = False) -> str:
+    """The kernel's command line; the user's part comes last, so that it wins. ``setup``: there is a GuestSetup."""
     words = ["console=hvc0" if options.xen else "console=ttyS0", "panic=-1", "cryptomgr.notests"]
     if options.quiet:
         words.append("quiet")
     if options.agent:
         words.append(f"rdinit={AGENT_PATH}")
+    elif setup:
+        words.append(f"rdinit={INIT_PATH}")
     return " ".join([*words, options.append]).strip()
 
 
-def _xen_services(options: DomainOptions) -> "XenServices | None":
-    if not options.xen:
+def guest_setup(options: DomainOptions) -> GuestSetup | None:
+    """What guest software of ours needs for the domain's devices; None if that is nothing, or it is not ours."""
+    if not options.xen or not options.setup:
         return None
+    disks = [name for name, _ in paravirtual_disks(options)]
+    modules = None if options.modules is None else Path(options.modules)
+    setup = GuestSetup(disks, parse_networks(options.networks, options.publish), modules)
+    return setup if setup.wanted else None
+
+
+def _xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
+    """None, and why not."""
+    if options.xen is False:
+        return None, "it was not asked for"
     from nonroot.domain.xen import XenServices
     from nonroot.xenstore.client import XenStore
 
-    return XenServices(XenStore(), options.memory, options.name or None, options.domid)
+    try:
+        return XenServices(XenStore(), options.memory, options.name or None, options.domid), "it can be had"
+    except NonrootError as error:
+        if options.xen:
+            raise
+        return None, str(error)
 
 
 def _ask(question: Callable[[], Any]) -> Any:
