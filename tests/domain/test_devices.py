@@ -51,6 +51,7 @@ def test_networks_in_words() -> None:
         ("user,mac=01:00:00:00:00:00", [], "is no address of a network card"),
         ("lab,ip=10.0.0.1", [], "is no address with its network's bits"),
         ("lab,ip=10.0.0.300/24", [], "is no address with its network's bits"),
+        ("user,ip=10.0.2.9/24", [], "leave ip out"),
         ("lab,isolated", [], "is of domains only"),
         ("lab", ["80:80"], "is of domains only"),
         ("user", ["80"], "publishes no port"),

@@ -27,8 +27,8 @@ from nonroot.domain.networks import Network
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 
 if TYPE_CHECKING:
+    from nonroot.domain.connection import Connection
     from nonroot.domain.guest_devices import GuestDevices
-    from nonroot.domain.process import Connection
     from nonroot.domain.runner import Runner
 
 __all__ = ["DeviceRequests"]

@@ -29,7 +29,7 @@ class Network:
     publish: tuple[Forward, ...] = ()
     """Ports of this machine that lead into the guest."""
     ip: str | None = None
-    """The guest's address with its network's bits, for guest software of ours; None is DHCP on the user's network."""
+    """The guest's address on a private network, with the network's bits; for guest software of ours."""
     isolated: bool = False
     """The guest reaches nothing; only published ports lead into it."""
     loopback: bool = False
@@ -61,6 +61,8 @@ class Network:
         network = cls(name, publish=tuple(Forward.parse(one) for one in publish))
         for word in words:
             network = network._with(word)
+        if network.is_user and network.ip:
+            raise BadOptionError("the user's network gives addresses itself, by DHCP: leave ip out")
         if not network.is_user and (network.publish or network.isolated or network.loopback):
             raise BadOptionError(
                 f"the private network {name} is of domains only: published ports, isolated and loopback need 'user'"

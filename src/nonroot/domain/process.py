@@ -10,11 +10,11 @@ import selectors
 import socket
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from nonroot.domain.agent import AgentSession
+from nonroot.domain.connection import Connection
 from nonroot.domain.console import PanicWatch
 from nonroot.domain.device_requests import DeviceRequests
 from nonroot.domain.display import DisplayService
@@ -22,7 +22,7 @@ from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.requests import DisplayRequests
 from nonroot.domain.runner import Runner, Stop
-from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
+from nonroot.domain.wire import VERSION, Kind, Message
 from nonroot.errors import (
     BadOptionError,
     DomainStoppedError,
@@ -39,110 +39,10 @@ __all__ = ["Connection", "DomainProcess"]
 
 CONSOLE_DELAY = 0.004
 """Seconds that console output may wait for more of it."""
-SEND_SIZE = 1 << 18
 PANIC_GRACE = 3.0
 """Seconds that a kernel has to reset after its panic, before the domain counts as stopped. It may be told not to."""
 MAX_CONSOLE_BACKLOG = 1 << 20
 """With more console output than this waiting for a client, the guest waits."""
-
-
-class Connection:
-    """One client."""
-
-    def __init__(self, process: "DomainProcess", sock: socket.socket, primary: bool) -> None:
-        sock.setblocking(False)
-        self.socket = sock
-        self.primary = primary
-        self.console = False
-        """Whether it gets the guest's console output."""
-        self.watcher = False
-        """Whether it is told the domain's state and nothing else: no word of the guest's reaches it."""
-        self.open = True
-        self._process = process
-        self._decoder = WireDecoder()
-        self._out: deque[tuple[memoryview, list[int]]] = deque()
-        self._waiting = 0
-        self._writing = False
-
-    # ── what a session's client is ──
-
-    def emit(self, kind: Kind, body: bytes) -> None:
-        """Send a stream message."""
-        self._push(pack(kind, body))
-
-    def reply(self, request: int, result: dict[str, Any], fds: list[int] | None = None) -> None:
-        """Answer a request; ``fds`` are copied to the client."""
-        record: dict[str, Any] = {"id": request, "result": result}
-        if fds:
-            record["fds"] = len(fds)
-        self._push(pack_json(record), fds)
-
-    def fail(self, request: int, error: NonrootError) -> None:
-        """Answer a request with an error."""
-        self._push(pack_json({"id": request, "error": error.to_wire()}))
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Tell what happened."""
-        if self.watcher and name != "state":
-            return
-        self._push(pack_json({"event": name, **fields}))
-
-    def backlog(self) -> int:
-        """Bytes that wait for the client to take them."""
-        return self._waiting
-
-    # ── the socket ──
-
-    def _push(self, data: bytes, fds: list[int] | None = None) -> None:
-        if not self.open:
-            return
-        self._out.append((memoryview(data), fds or []))
-        self._waiting += len(data)
-        if not self._writing:
-            self.write()
-
-    def write(self) -> None:
-        """Send what the client takes now."""
-        while self._out:
-            data, fds = self._out[0]
-            try:
-                if fds:
-                    sent = socket.send_fds(self.socket, [data[:SEND_SIZE]], fds)
-                else:
-                    sent = self.socket.send(data[:SEND_SIZE])
-            except BlockingIOError:
-                break
-            except OSError:
-                self._out.clear()
-                self._waiting = 0
-                break  # the reading side notices that it has gone
-            self._waiting -= sent
-            if sent == len(data):
-                self._out.popleft()
-            else:
-                self._out[0] = (data[sent:], [])
-        self._process.watch(self, bool(self._out))
-        self._writing = bool(self._out)
-
-    def ready(self, events: int) -> None:
-        """The socket can be read or written."""
-        if events & selectors.EVENT_WRITE:
-            self.write()
-        if events & selectors.EVENT_READ:
-            try:
-                data = self.socket.recv(1 << 18)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._process.gone(self)
-                return
-            try:
-                for message in self._decoder.feed(data):
-                    self._process.message(self, message)
-            except WireError:
-                self._process.gone(self)
 
 
 class DomainProcess(DisplayRequests, DeviceRequests):

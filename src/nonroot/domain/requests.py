@@ -13,7 +13,7 @@ from nonroot.domain.viewers import Viewers
 from nonroot.errors import BadFileError, BadOptionError, NotRunningError
 
 if TYPE_CHECKING:
-    from nonroot.domain.process import Connection
+    from nonroot.domain.connection import Connection
 
 __all__ = ["DisplayRequests"]
 
