@@ -413,7 +413,11 @@ impl Cpu {
 
     /// The time-stamp counter as RDTSC shows it.
     pub fn tsc(&self) -> u64 {
-        let ticks = (self.now_ns() as u128 * self.config.tsc_khz as u128 / 1_000_000) as u64;
+        let (now, khz) = (self.now_ns(), self.config.tsc_khz);
+        let ticks = match khz {
+            1_000_000 => now,
+            _ => (u128::from(now) * u128::from(khz) / 1_000_000) as u64,
+        };
         ticks.wrapping_add(self.msr.tsc_offset)
     }
 }

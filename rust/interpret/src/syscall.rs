@@ -37,15 +37,33 @@ impl Cpu {
         let cleared = flags & !self.msr.fmask;
         self.r.flags = crate::flags::Flags::from_rflags(cleared);
         self.r.rflags = cleared & !rflags::STATUS | 2;
-        let cs = (self.msr.star >> 32) as u16 & !3;
         self.next_rip = self.msr.lstar;
-        self.flat_segments(cs, CODE64, cs.wrapping_add(8), 0);
+        self.crossed_by_syscall();
         // The single-step trap is by TF as it is now.
         self.guest_debug.no_trap = cleared & rflags::TF == 0;
         if cleared & (rflags::IF | rflags::TF) != 0 {
             self.interrupts_changed();
         }
         Ok(())
+    }
+
+    /// The segments and privilege level after SYSCALL; RFLAGS are as it leaves them.
+    pub fn crossed_by_syscall(&mut self) {
+        let cs = (self.msr.star >> 32) as u16 & !3;
+        self.flat_segments(cs, CODE64, cs.wrapping_add(8), 0);
+    }
+
+    /// The same after SYSRET to 64-bit code.
+    pub fn crossed_by_sysret(&mut self) {
+        let base = (self.msr.star >> 48) as u16;
+        self.flat_segments(base.wrapping_add(16) | 3, CODE64, base.wrapping_add(8) | 3, 3);
+    }
+
+    /// Whether SYSCALL is on, and leaves IF, TF and AC clear.
+    #[inline]
+    pub fn quick_syscalls(&self) -> bool {
+        let cleared = rflags::IF | rflags::TF | rflags::AC;
+        self.r.efer & efer::SCE != 0 && self.msr.fmask & cleared == cleared
     }
 
     fn sysret(&mut self, wide: bool) -> X {
@@ -61,10 +79,13 @@ impl Cpu {
         let flags = self.r.gpr[11] & SYSRET_FLAGS | 2;
         self.r.flags = crate::flags::Flags::from_rflags(flags);
         self.r.rflags = flags & !rflags::STATUS;
-        let base = (self.msr.star >> 48) as u16;
-        let (cs, code) = if wide { (base.wrapping_add(16), CODE64) } else { (base, CODE32) };
         self.next_rip = if wide { rcx } else { rcx & 0xffff_ffff };
-        self.flat_segments(cs | 3, code, base.wrapping_add(8) | 3, 3);
+        if wide {
+            self.crossed_by_sysret();
+        } else {
+            let base = (self.msr.star >> 48) as u16;
+            self.flat_segments(base | 3, CODE32, base.wrapping_add(8) | 3, 3);
+        }
         self.interrupts_changed();
         Ok(())
     }
@@ -159,6 +180,13 @@ impl Cpu {
             return Err(self.gp(0));
         }
         Ok(())
+    }
+
+    /// Bit 0: RDTSC is allowed at any privilege level, bit 1: RDTSCP too; and IA32_TSC_AUX.
+    #[inline]
+    pub fn time_stamps(&self) -> (u8, u32) {
+        let allowed = self.r.cr4 & cr4::TSD == 0;
+        (u8::from(allowed) | u8::from(allowed && self.features.rdtscp) << 1, self.msr.tsc_aux)
     }
 
     fn rdtsc(&mut self) -> X {

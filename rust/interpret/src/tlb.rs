@@ -395,6 +395,15 @@ impl Tlb {
         set
     }
 
+    /// The same, unless the set has code of another mode.
+    pub fn set_of_mode(&mut self, context: usize, mode: u64) -> Option<*mut Set> {
+        let set = &mut self.spaces[self.space][context];
+        if set.jumps_filled == 0 {
+            set.jump_mode = mode;
+        }
+        (set.jump_mode == mode).then_some(set as *mut Set)
+    }
+
     /// Makes a set current that is always empty, until the next [`Tlb::select`].
     pub fn hide(&mut self) {
         self.current = &mut self.spaces[self.space][context::CHECKED];

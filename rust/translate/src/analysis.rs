@@ -98,6 +98,15 @@ pub enum Kind {
     CallIndirect,
     /// RET.
     Return,
+    /// RDTSC and RDTSCP.
+    TimeStamp {
+        /// RDTSCP.
+        processor: bool,
+    },
+    /// SYSCALL.
+    Syscall,
+    /// SYSRETQ.
+    Sysret,
 }
 
 /// A guest instruction and what matters about it.
@@ -158,6 +167,10 @@ pub struct Abilities {
     pub x87: bool,
     /// CLI, CLD and PUSHF are carried over.
     pub interrupt_flag: bool,
+    /// SYSCALL and SYSRETQ are carried over.
+    pub syscalls: bool,
+    /// RDTSC and RDTSCP are carried over.
+    pub time_stamps: bool,
 }
 
 /// Guest register number of a register with 16 to 64 bits or a low byte.
@@ -575,6 +588,10 @@ pub fn guest(
         {
             Kind::HighByte
         }
+        Rdtsc if abilities.time_stamps => Kind::TimeStamp { processor: false },
+        Rdtscp if abilities.time_stamps => Kind::TimeStamp { processor: true },
+        Syscall if abilities.syscalls && long => Kind::Syscall,
+        Sysretq if abilities.syscalls && long => Kind::Sysret,
         _ if i.is_jcc_short_or_near() => Kind::Branch,
         Jrcxz if long => Kind::CountBranch,
         Jmp if i.is_jmp_short_or_near() => Kind::Jump,
@@ -679,7 +696,7 @@ pub fn guest(
         Kind::Leave => {}
         _ => g.stack_delta = Some(0),
     }
-    if kind == Kind::Pushf {
+    if matches!(kind, Kind::Pushf | Kind::Syscall | Kind::Sysret) {
         g.flags_needed = true;
     }
     // Registers without a host register need a scratch register each; see `emit`.

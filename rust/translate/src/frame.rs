@@ -141,6 +141,22 @@ pub struct Frame {
     pub guest_control: u16,
     /// What `x87` may become.
     pub x87_allowed: u8,
+    /// 1: SYSCALL and SYSRETQ run here.
+    pub syscalls: u8,
+    /// The privilege level was last changed by: 0 nothing, 1 SYSCALL, 2 SYSRETQ. The vCPU does not know yet.
+    pub crossed: u8,
+    /// Bit 0: RDTSC is allowed at any privilege level; bit 1: RDTSCP too.
+    pub time_stamps: u8,
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u32,
+    /// Saved status flags that SYSCALL keeps.
+    pub syscall_status: u16,
+    /// Other flags that it keeps.
+    pub syscall_flags: u32,
+    /// IA32_LSTAR.
+    pub lstar: u64,
+    /// GS base at privilege level 3; 0: none for 64-bit code now.
+    pub gs_user: u64,
 }
 
 macro_rules! field {
@@ -181,6 +197,8 @@ pub struct Routines {
     pub lookup_failed: usize,
     /// TLB miss: RAX: linear address, R15D: bytes, and bit 31 for a write. EAX: 0 if it was entered.
     pub refill: usize,
+    /// RAX: the guest's time-stamp counter.
+    pub time_stamp: usize,
     /// Gives the guest its vector registers.
     pub load_vectors: usize,
     /// Gives the guest its x87 state.
@@ -225,8 +243,10 @@ fn mxcsr(a: &mut Assembler, load: bool, m: Mem) {
     a.mem(false, &[0x0f, 0xae], if load { 2 } else { 3 }, m);
 }
 
-/// What the routines call.
-pub type Refill = unsafe extern "sysv64" fn(*const Frame, u64, u32) -> u32;
+/// Fills the TLB for an access; 0 if it was.
+pub type Refill = unsafe extern "sysv64" fn(*mut Frame, u64, u32) -> u32;
+/// The guest's time-stamp counter.
+pub type TimeStamp = unsafe extern "sysv64" fn(*const Frame) -> u64;
 /// Runs [`Frame::callee`]: 0 to leave.
 pub type Callout = unsafe extern "sysv64" fn(*mut Frame) -> u32;
 
@@ -291,8 +311,55 @@ pub fn jump_take(a: &mut Assembler) {
     a.gs_mem(false, &[0xff], 4, at(host::R15, code as i32)); // jmp
 }
 
+/// Inside a called routine: calls Rust with the frame, RAX and R15 as arguments, and keeps all registers but those.
+fn call_rust(a: &mut Assembler, avx: bool, function: usize) {
+    let saved = |n: usize| below(at(host::RSP, (offset_of!(Frame, saved) + 8 * n) as i32));
+    for (n, reg) in CALLER_SAVED.iter().enumerate() {
+        a.store(true, saved(n), *reg);
+    }
+    a.mov(host::RSI, host::RAX);
+    a.mov(host::RDX, host::R15);
+    a.lea(true, host::RDI, at(host::RSP, 8));
+    // R15 keeps what `vectors` was: the callee preserves it.
+    a.mem(false, &[0x0f, 0xb6], host::R15, below(field!(vectors))); // movzx r15d, byte
+    a.reg(false, &[0x85], host::R15, host::R15); // test r15d, r15d
+    let none = a.jcc(4);
+    a.load(true, host::RAX, below(field!(fpu)));
+    store_vectors(a, host::RAX, avx, below(field!(mxcsr)));
+    let here = a.here();
+    a.fill(none, here);
+    x87::suspend(a);
+    a.bytes(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
+    a.bytes(&[0x48, 0xb8]); // mov rax, imm64
+    a.bytes(&(function as u64).to_le_bytes());
+    a.bytes(&[0xff, 0xd0]); // call rax
+    a.bytes(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
+    x87::resume(a);
+    a.reg(false, &[0x85], host::R15, host::R15);
+    let none = a.jcc(4);
+    a.load(true, host::RDX, below(field!(fpu)));
+    load_registers(a, host::RDX, avx);
+    let here = a.here();
+    a.fill(none, here);
+    for (n, reg) in CALLER_SAVED.iter().enumerate() {
+        a.load(true, *reg, saved(n));
+    }
+    a.bytes(&[0xc3]);
+}
+
+/// What the routines call.
+#[derive(Clone, Copy)]
+pub struct Calls {
+    /// See [`Refill`].
+    pub refill: Refill,
+    /// See [`Callout`].
+    pub callout: Callout,
+    /// See [`TimeStamp`].
+    pub time_stamp: TimeStamp,
+}
+
 /// Emits the common routines.
-pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) -> Routines {
+pub fn routines(a: &mut Assembler, avx: bool, calls: Calls) -> Routines {
     let mut r = Routines { enter: a.origin + a.here(), ..Routines::default() };
     for reg in CALLEE_SAVED {
         if reg >= 8 {
@@ -333,7 +400,7 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) 
     registers_to_frame(a, avx);
     a.mov(host::RDI, host::RSP);
     a.bytes(&[0x48, 0xb8]); // mov rax, imm64
-    a.bytes(&(callout as usize as u64).to_le_bytes());
+    a.bytes(&(calls.callout as usize as u64).to_le_bytes());
     a.bytes(&[0xff, 0xd0]); // call rax
     a.reg(false, &[0x85], host::RAX, host::RAX);
     let none = a.jcc(4);
@@ -360,38 +427,10 @@ pub fn routines(a: &mut Assembler, avx: bool, refill: Refill, callout: Callout) 
     a.jmp_to(r.lookup_failed);
 
     r.refill = a.origin + a.here();
-    let saved = |n: usize| below(at(host::RSP, (offset_of!(Frame, saved) + 8 * n) as i32));
-    for (n, reg) in CALLER_SAVED.iter().enumerate() {
-        a.store(true, saved(n), *reg);
-    }
-    a.mov(host::RSI, host::RAX);
-    a.mov(host::RDX, host::R15);
-    a.lea(true, host::RDI, at(host::RSP, 8));
-    // R15 keeps what `vectors` was: the callee preserves it.
-    a.mem(false, &[0x0f, 0xb6], host::R15, below(field!(vectors))); // movzx r15d, byte
-    a.reg(false, &[0x85], host::R15, host::R15); // test r15d, r15d
-    let none = a.jcc(4);
-    a.load(true, host::RAX, below(field!(fpu)));
-    store_vectors(a, host::RAX, avx, below(field!(mxcsr)));
-    let here = a.here();
-    a.fill(none, here);
-    x87::suspend(a);
-    a.bytes(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
-    a.bytes(&[0x48, 0xb8]); // mov rax, imm64
-    a.bytes(&(refill as usize as u64).to_le_bytes());
-    a.bytes(&[0xff, 0xd0]); // call rax
-    a.bytes(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
-    x87::resume(a);
-    a.reg(false, &[0x85], host::R15, host::R15);
-    let none = a.jcc(4);
-    a.load(true, host::RDX, below(field!(fpu)));
-    load_registers(a, host::RDX, avx);
-    let here = a.here();
-    a.fill(none, here);
-    for (n, reg) in CALLER_SAVED.iter().enumerate() {
-        a.load(true, *reg, saved(n));
-    }
-    a.bytes(&[0xc3]);
+    call_rust(a, avx, calls.refill as usize);
+
+    r.time_stamp = a.origin + a.here();
+    call_rust(a, avx, calls.time_stamp as usize);
 
     r.load_vectors = a.origin + a.here();
     a.load(true, host::RAX, below(field!(fpu)));

@@ -21,6 +21,10 @@ nonroot_interpret::optimisations! {
         x87 = "x87";
         /// CLI, STI, CLD, PUSHF, SWAPGS, STAC and CLAC run without leaving translated code.
         interrupt_flag = "interrupt-flag";
+        /// SYSCALL and SYSRETQ change the privilege level without leaving translated code.
+        syscalls = "syscalls";
+        /// RDTSC and RDTSCP ask for the time without leaving translated code.
+        time_stamps = "time-stamps";
         /// Instructions that are not translated are interpreted without leaving translated code.
         callouts = "callouts";
         /// Instructions that lie in two pages are translated.

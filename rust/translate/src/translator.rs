@@ -4,7 +4,7 @@ use crate::analysis::{self, Abilities, Guest};
 use crate::arena::Arena;
 use crate::assembler::Assembler;
 use crate::emit::{self, Emitter, Link};
-use crate::frame::{self, exit, Frame, Routines, Stack};
+use crate::frame::{self, exit, Calls, Frame, Routines, Stack};
 use crate::switches::Switches;
 use iced_x86::{Instruction, InstructionInfoFactory};
 use nonroot_interpret::accelerate::{Accelerator, Ran};
@@ -93,14 +93,25 @@ pub fn available() -> Result<(), String> {
 ///
 /// # Safety
 /// Called by generated code with its frame, to whose vCPU nothing else refers.
-unsafe extern "sysv64" fn refill(frame: *const Frame, lin: u64, what: u32) -> u32 {
+unsafe extern "sysv64" fn refill(frame: *mut Frame, lin: u64, what: u32) -> u32 {
     // SAFETY: by the contract; `enter` uses no reference to frame or vCPU while generated code runs.
-    let (cpu, flags) = unsafe { (&mut *(*frame).cpu, (*frame).rflags) };
-    if (cpu.r.rflags ^ u64::from(flags)) & rflags::AC != 0 {
+    let (f, cpu) = unsafe { (&mut *frame, &mut *(*frame).cpu) };
+    if f.crossed != 0 {
+        take_privilege(f, cpu);
+    } else if (cpu.r.rflags ^ u64::from(f.rflags)) & rflags::AC != 0 {
         cpu.r.rflags ^= rflags::AC;
         cpu.tlb_context_changed();
     }
     u32::from(!cpu.enter_page(lin, (what & 0xffff) as usize, what >> 31 != 0))
+}
+
+/// The guest's time-stamp counter for translated code.
+///
+/// # Safety
+/// Called by generated code with its frame, to whose vCPU nothing else refers.
+unsafe extern "sysv64" fn time_stamp(frame: *const Frame) -> u64 {
+    // SAFETY: by the contract; `enter` uses no reference to frame or vCPU while generated code runs.
+    unsafe { (*(*frame).cpu).tsc() }
 }
 
 /// Has a block interpreted for translated code; 0 to leave.
@@ -155,13 +166,51 @@ fn give_state(f: &mut Frame, cpu: &mut Cpu) {
         f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
     }
     f.cpl = cpu.cpl;
+    f.crossed = 0;
+    (f.time_stamps, f.tsc_aux) = cpu.time_stamps();
+    f.syscalls = 0;
+    if cpu.mode == Mode::Long64 && cpu.quick_syscalls() {
+        give_syscalls(f, cpu);
+    }
     f.base = [cpu.r.seg[seg::FS].base, cpu.r.seg[seg::GS].base];
+}
+
+/// What SYSCALL and SYSRETQ need.
+fn give_syscalls(f: &mut Frame, cpu: &mut Cpu) {
+    let mode = cpu.cache.mode_key;
+    let kept = !cpu.msr.fmask;
+    f.syscalls = 1;
+    f.lstar = cpu.msr.lstar;
+    f.syscall_flags = (kept & !rflags::STATUS) as u32 | 2;
+    let overflow = if kept & rflags::OF != 0 { 0xff } else { 0 };
+    f.syscall_status = ((kept & rflags::STATUS) as u16 & 0xff) << 8 | 2 << 8 | overflow;
+    if f.cpl == 3 {
+        f.gs_user = if cpu.tlb.context == context::USER { f.gs } else { 0 };
+        f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
+        let smap = cpu.r.cr4 & cr4::SMAP != 0;
+        f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
+    } else {
+        f.gs_user = cpu.tlb.set_of_mode(context::USER, mode).map_or(0, |set| set as u64);
+    }
+}
+
+/// Tells a vCPU that SYSCALL or SYSRETQ changed the privilege level.
+fn take_privilege(f: &mut Frame, cpu: &mut Cpu) {
+    cpu.r.rflags = u64::from(f.rflags);
+    if std::mem::take(&mut f.crossed) == 1 {
+        cpu.crossed_by_syscall();
+    } else {
+        cpu.crossed_by_sysret();
+    }
 }
 
 /// Gives a vCPU its state back from generated code, but for the registers.
 fn take_state(f: &mut Frame, cpu: &mut Cpu) {
     let status = f.flags;
     cpu.r.flags = Flags::from_rflags(u64::from(status >> 8) | u64::from(status & 1) << 11);
+    if f.crossed != 0 {
+        take_privilege(f, cpu);
+    }
     let kept = rflags::IF | rflags::DF | rflags::AC;
     let changed = (cpu.r.rflags ^ u64::from(f.rflags)) & kept;
     cpu.r.rflags ^= changed;
@@ -194,13 +243,19 @@ impl Translator {
         let avx = std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("avx2");
         let mut arena = Arena::new(CAPACITY)?;
         let mut a = Assembler::new(64);
-        let routines = frame::routines(&mut a, avx, refill, callout);
+        let routines = frame::routines(&mut a, avx, Calls { refill, callout, time_stamp });
         arena.push(&[0xcc; 64]);
         arena.push(&a.code);
         let floor = arena.position();
         let x87 = switches.x87 && std::arch::is_x86_feature_detected!("xsave");
-        let abilities =
-            Abilities { avx, vectors: switches.vectors, x87, interrupt_flag: switches.interrupt_flag };
+        let abilities = Abilities {
+            avx,
+            vectors: switches.vectors,
+            x87,
+            interrupt_flag: switches.interrupt_flag,
+            syscalls: switches.syscalls,
+            time_stamps: switches.time_stamps,
+        };
         Ok(Translator {
             arena,
             stack: Stack::new()?,
@@ -232,6 +287,8 @@ impl Translator {
         self.hot = 1;
         self.switches.chain = false;
         self.switches.callouts = false;
+        self.abilities.syscalls = false;
+        self.abilities.time_stamps = false;
         self.switches.jump_lookup = false;
     }
 

@@ -81,6 +81,9 @@ impl Emitter<'_> {
                     | Kind::Pushf
                     | Kind::JumpIndirect
                     | Kind::CallIndirect
+                    | Kind::TimeStamp { .. }
+                    | Kind::Syscall
+                    | Kind::Sysret
             );
             if memory || other || g.stack != Stack::None {
                 return Event::Spoil;

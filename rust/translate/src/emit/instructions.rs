@@ -20,6 +20,14 @@ impl Emitter<'_> {
             Kind::Jump => return self.edge(g.i.near_branch_target() as i32).map(|()| true),
             Kind::Call => return self.call(g).map(|()| true),
             Kind::JumpIndirect | Kind::CallIndirect | Kind::Return => return self.indirect(g).map(|()| true),
+            Kind::Syscall => {
+                self.syscall(g);
+                return Ok(true);
+            }
+            Kind::Sysret => {
+                self.sysret();
+                return Ok(true);
+            }
             _ => {}
         }
         self.keep_recipe(g);
@@ -44,6 +52,7 @@ impl Emitter<'_> {
                 self.a.mem_imm(4, field!(rflags), !0x400);
             }
             Kind::Pushf => self.pushf(),
+            Kind::TimeStamp { processor } => self.time_stamp(processor),
             _ => return Err(format!("{:?}", g.kind)),
         }
         self.settle_group(g);
@@ -453,6 +462,23 @@ impl Emitter<'_> {
             self.a.load(true, RAX, field!(gs_closed));
         }
         self.a.bytes(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+    }
+
+    pub(super) fn time_stamp(&mut self, processor: bool) {
+        self.spoil_flags();
+        self.group = None;
+        self.a.mem(false, &[0xf6], 0, field!(time_stamps)); // test byte [time_stamps], bit
+        self.a.bytes(&[if processor { 2 } else { 1 }]);
+        let hole = self.a.jcc(4);
+        let exit = self.side_exit(exit::SINGLE);
+        self.cold.push(Cold::Exit { from: vec![hole], exit });
+        self.a.call_to(self.routines.time_stamp);
+        self.a.reg(false, &[0x8b], host::R14, RAX); // mov r14d, eax
+        self.a.bytes(&[0x48, 0xc1, 0xe8, 32]); // shr rax, 32
+        self.a.mov(host::RDX, RAX);
+        if processor {
+            self.a.load(false, host::RCX, field!(tsc_aux));
+        }
     }
 
     pub(super) fn pushf(&mut self) {

@@ -14,6 +14,7 @@ mod flow;
 mod instructions;
 mod memory;
 mod overlay;
+mod privilege;
 mod spilled;
 mod x87;
 
