@@ -479,15 +479,18 @@ fn hostile_records_are_refused() {
     lapic.set_state(&good).unwrap();
 }
 
-#[test]
-fn any_record_is_refused_or_harmless() {
-    // A splitmix64 sequence mutates good records; what is accepted must work.
-    let mut seed = 1u64;
-    let mut random = || {
+/// A splitmix64 sequence.
+fn numbers(mut seed: u64) -> impl FnMut() -> u64 {
+    move || {
         seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (seed ^ seed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z ^ z >> 29
-    };
+    }
+}
+
+#[test]
+fn any_record_is_refused_or_harmless() {
+    let mut random = numbers(1);
     let good = timer(PERIODIC, 1000, 77).state();
     let mut accepted = 0;
     for _ in 0..20_000 {
@@ -510,4 +513,78 @@ fn any_record_is_refused_or_harmless() {
         }
     }
     assert!(accepted > 1000);
+}
+
+/// Registers in both modes, modes, pins, messages and time at random: nothing panics, and what must hold, holds.
+/// NONROOT_SOAK_ROUND makes it ten million accesses with another seed.
+#[test]
+fn random_accesses() {
+    const VALUES: [u32; 12] =
+        [0, 1, 0xb, 0x10, 0xff, 0x1ff, 0x700, 0x1_0000, 0x2_0040, 0x4_0041, 0x4500, 0xff00_0000];
+    let round = std::env::var("NONROOT_SOAK_ROUND").ok();
+    let accesses = if round.is_some() { 10_000_000 } else { 100_000 };
+    let mut random = numbers(round.map_or(7, |round| 1000 + round.parse::<u64>().expect("a number")));
+    let mut lapic = enabled(0);
+    let (mut now, mut taken) = (0, 0);
+    for step in 0..accesses {
+        let chance = random();
+        let number = (chance >> 40 & 0x3f) as u32;
+        let value = if chance & 1 == 0 {
+            VALUES[(chance >> 8) as usize % VALUES.len()]
+        } else {
+            (chance >> 32) as u32
+        };
+        let wide = if number == 0x30 { random() & 0xffff_ffff_000c_ffff } else { value as u64 };
+        let offset = number << 4 | if chance >> 46 & 15 == 0 { 4 } else { 0 };
+        match chance >> 1 & 31 {
+            // Nobody comes here by memory while the page is not there.
+            0..=15 if lapic.mmio_page().is_none() => {}
+            0..=9 => _ = lapic.mmio_write(offset, value, now),
+            10..=15 => _ = lapic.mmio_read(offset, now),
+            16..=21 => _ = lapic.msr_write(0x800 + number, wide, now),
+            22 => _ = lapic.msr_read(0x800 + number, now),
+            24 => _ = lapic.msr_write(0x6e0, now + (random() >> 30), now),
+            25..=26 => {
+                now += random() >> (25 + (chance >> 8) % 39);
+                lapic.advance(now);
+                assert!(
+                    lapic.deadline().is_none_or(|next| next > now),
+                    "a deadline that was met comes again"
+                );
+            }
+            27 if chance >> 50 & 7 == 0 => {
+                let mode =
+                    [0, apic_base::EN, apic_base::EN, apic_base::EN | apic_base::EXTD][number as usize % 4];
+                _ = lapic.set_base(0xfee0_0000 | apic_base::BSP | mode);
+            }
+            27 if lapic.x2apic() => _ = lapic.msr_write(0x80f, 0x1ff, now),
+            27 => _ = lapic.mmio_write(0xf0, 0x1ff, now),
+            23 | 28 => lapic.accept(value as u8, chance >> 50 & 1 != 0),
+            29 => _ = lapic.set_lint(number as usize & 1, number & 2 != 0),
+            30 => {
+                let pending = lapic.pending();
+                assert_eq!(lapic.acknowledge(), pending);
+                taken += pending.is_some() as u32;
+                if chance >> 50 & 3 != 0 {
+                    lapic.end_of_interrupt();
+                    lapic.set_cr8(0);
+                }
+            }
+            _ => {
+                lapic.set_cr8((value & 15) as u64);
+                lapic.set_tsc_offset((random() as i64) >> 30);
+            }
+        }
+        if let Some(vector) = lapic.pending() {
+            assert!(vector >= 16 && u32::from(vector >> 4) > lapic.ppr() >> 4);
+        }
+        if step % 64 == 0 {
+            let record = lapic.state();
+            if let Err(problem) = lapic.set_state(&record) {
+                panic!("{problem}: {lapic:?}");
+            }
+            assert_eq!(lapic.state(), record);
+        }
+    }
+    assert!(taken > 500, "{taken} interrupts were taken");
 }

@@ -130,6 +130,7 @@ impl Timer {
         if mode == TSC_DEADLINE || self.mode == TSC_DEADLINE {
             self.running = false;
             self.initial = 0;
+            self.first = 0;
             self.tsc_deadline = 0;
         }
         self.mode = mode;
