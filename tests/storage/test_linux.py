@@ -49,6 +49,7 @@ def domain(guest: Guest, place: Path) -> Iterator[nonroot.Domain]:
         initrd=initrd,
         disks=[place / "disk.img", f"{place / 'base.img'},overlay"],
         cdrom=place / "cd.iso",
+        xen=False,  # a Xen's disks would be others
         timeout=200,
     ) as domain:
         # Linux gives disks their letters in the order in which it gets to know them: links have our order.
