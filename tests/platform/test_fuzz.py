@@ -21,6 +21,8 @@ FAST = 100_000
 SOAK = 10_000_000
 BATCH = 2_000
 """Accesses between two looks at records and deadlines."""
+COUNTS = (1, 2, 3, 8, 16, 30, 64, 513)
+"""Loads or stores of a REP."""
 INTERESTING = (0, 1, 2, 4, 6, 0x20, 0x80, 0x86, 0xA0, 0xEC, 0xFF, 0x100, 0x8000, 0x8000_0000, 0xFFFF_FFFF)
 
 
@@ -85,10 +87,10 @@ class Chaos:
         elif choice < 0.98:
             bus.write(address, size, self.value(size))
         elif choice < 0.99:
-            count = self.random.randrange(1, 600)
+            count = self.random.choice(COUNTS)
             assert len(bus.read_block(address, size, count)) == size * count
         else:
-            bus.write_block(address, size, self.random.randbytes(size * self.random.randrange(1, 600)))
+            bus.write_block(address, size, self.random.randbytes(size * self.random.choice(COUNTS)))
 
     def look(self) -> None:
         """Time passes, records are whole; a power-off or a reset is what it is."""
