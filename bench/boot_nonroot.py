@@ -16,7 +16,9 @@ def main() -> None:
     for name in ("kernel", "initrd", "append", "memory", "report", "engine"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    domain = nonroot.Domain(options.kernel, options.initrd, options.append, options.memory, options.engine, agent=False)
+    domain = nonroot.Domain(
+        options.kernel, options.initrd, options.append, options.memory, options.engine, agent=False, xen=False
+    )
     domain.console.listener = lambda data: _write_all(data)
     with domain:
         stopped = domain.wait(300)

@@ -112,7 +112,7 @@ class NonrootGuest(_Guest):
 
     def __init__(self, kernel: Path, initrd: Path, memory: int, engine: str, off: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.domain = nonroot.Domain(kernel, initrd, APPEND, f"{memory}M", engine, agent=False, off=off)
+        self.domain = nonroot.Domain(kernel, initrd, APPEND, f"{memory}M", engine, agent=False, off=off, xen=False)
         self.domain.console.listener = self.lines.feed
         self.domain.start()
         self.name = "nonroot"

@@ -108,7 +108,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         serial_firmware: bool = False,
         reboot: bool = True,
         display: bool = False,
-        xen: bool | None = False,
+        xen: bool | None = None,
         networks: Iterable[str] = (),
         publish: Iterable[str] = (),
         name: str | None = None,

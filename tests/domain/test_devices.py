@@ -173,6 +173,7 @@ def test_command_line_and_setup() -> None:
     assert guest_setup(plain) is None
     assert command_line(plain) == "console=hvc0 panic=-1 cryptomgr.notests quiet rdinit=/.nonroot-agent"
     assert "console=ttyS0" in command_line(options(xen=False))
+    assert "hvc0" not in command_line(options(append="console=ttyS0,9600")), "the user's console is the only one"
     some = options(setup=True, disks=["/a"], networks=["lab"], agent=False)
     setup = guest_setup(some)
     assert setup is not None

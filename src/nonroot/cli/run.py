@@ -119,7 +119,7 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
 @click.option(
     "--xen/--no-xen",
-    default=False,
+    default=None,
     help="Be a Xen for the guest: clock, console, disks, network.  [default: if a kernel that knows Xen is started]",
 )
 @click.option(

@@ -433,7 +433,9 @@ class Runner:
 
 def command_line(options: DomainOptions, setup: bool = False) -> str:
     """The kernel's command line; the user's part comes last, so that it wins. ``setup``: there is a GuestSetup."""
-    words = ["console=hvc0" if options.xen else "console=ttyS0", "panic=-1", "cryptomgr.notests"]
+    # With both, each line would come twice.
+    hvc = options.xen and "console=ttyS" not in options.append
+    words = ["console=hvc0" if hvc else "console=ttyS0", "panic=-1", "cryptomgr.notests"]
     if options.quiet:
         words.append("quiet")
     if options.agent:
