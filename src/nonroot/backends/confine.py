@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["FLOCK", "NETWORK", "PLAIN", "confine"]
+__all__ = ["FLOCK", "FOLDER_READER", "FOLDER_WRITER", "NETWORK", "PLAIN", "confine"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,6 +28,15 @@ LANDLOCK_RESTRICT_SELF: Final = 446
 LANDLOCK_RULE_PATH_BENEATH: Final = 1
 LANDLOCK_VERSION_1_RIGHTS: Final = (1 << 13) - 1
 LANDLOCK_READ_FILE: Final = 1 << 2
+LANDLOCK_READ_DIR: Final = 1 << 3
+LANDLOCK_EXECUTE: Final = 1 << 0
+LANDLOCK_MAKE_CHAR: Final = 1 << 6
+LANDLOCK_MAKE_BLOCK: Final = 1 << 11
+LANDLOCK_REFER: Final = 1 << 13
+"""From version 2 of Landlock on; without it, nothing can be moved from folder to folder."""
+LANDLOCK_TRUNCATE: Final = 1 << 14
+"""From version 3 on."""
+LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 
 SECCOMP: Final = 317
 SECCOMP_SET_MODE_FILTER: Final = 1
@@ -59,6 +68,12 @@ NETWORK: Final = PLAIN | frozenset(_SOCKETS.values())
 """The same, and new sockets."""
 
 FLOCK: Final = 73
+FOLDER_READER: Final = frozenset((89, 137, 138, 267, 303))
+"""For who serves a folder: readlink, statfs, fstatfs, readlinkat, name_to_handle_at."""
+FOLDER_WRITER: Final = FOLDER_READER | frozenset(
+    (76, 77, 90, 91, 133, 258, 259, 260, 263, 264, 265, 266, 268, 280, 306, 316)
+)
+"""The same, and truncate, chmod, mknod, mkdirat, fchownat, unlinkat, renames, links, utimensat, syncfs."""
 
 _SOCK_FPROG: Final = struct.Struct("HxxxxxxP")
 
@@ -70,13 +85,15 @@ def confine(
     memory: int = 1 << 30,
     files: int = 1024,
     writes_files: bool = False,
+    folder: int | None = None,
 ) -> list[str]:
     """
     Confine this process and all its threads to come, for good. To be called before other threads start.
 
     ``calls``: :data:`PLAIN` or :data:`NETWORK`; ``readable``: files that may be opened for reading later; ``memory``:
     bytes of address space beyond today's; ``files``: descriptors; ``writes_files``: whether it may write to regular
-    files that it has open. Returns the layers that could not be had, each as half a sentence.
+    files that it has open; ``folder``: the descriptor of one below which everything may be reached, also for changes if
+    ``writes_files``. Returns the layers that could not be had, each as half a sentence.
     """
     missing = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -92,27 +109,39 @@ def confine(
     _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return ["privileges cannot be given up"]
-    if reason := _landlock(readable):
+    if reason := _landlock(readable, folder, writes_files):
         missing.append(f"files stay reachable: {reason}")
     if reason := _seccomp(calls):
         missing.append(f"system calls are not filtered: {reason}")
     return missing
 
 
-def _landlock(readable: Iterable[str]) -> str | None:
-    rights = ctypes.c_uint64(LANDLOCK_VERSION_1_RIGHTS)
+def _landlock(readable: Iterable[str], folder: int | None, changes: bool) -> str | None:
+    version = _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_CREATE_RULESET_VERSION)
+    handled = LANDLOCK_VERSION_1_RIGHTS
+    if folder is not None:
+        handled |= (LANDLOCK_REFER if version >= 2 else 0) | (LANDLOCK_TRUNCATE if version >= 3 else 0)
+    rights = ctypes.c_uint64(handled)
     ruleset = _libc.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(rights), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         return f"Landlock: {os.strerror(ctypes.get_errno())}"
+
+    def allow(what: int, fd: int) -> None:
+        rule = struct.pack("=Qi", what, fd)
+        _libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, ctypes.c_char_p(rule), 0)
+
     try:
         for path in readable:
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
                 continue
-            rule = struct.pack("=Qi", LANDLOCK_READ_FILE, fd)
-            _libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, ctypes.c_char_p(rule), 0)
+            allow(LANDLOCK_READ_FILE, fd)
             os.close(fd)
+        if folder is not None and changes:
+            allow(handled & ~(LANDLOCK_EXECUTE | LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK), folder)
+        elif folder is not None:
+            allow(LANDLOCK_READ_FILE | LANDLOCK_READ_DIR, folder)
         if _libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0):
             return f"Landlock: {os.strerror(ctypes.get_errno())}"
     finally:

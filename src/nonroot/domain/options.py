@@ -100,6 +100,9 @@ class DomainOptions:
     """The networks of its cards, as :class:`nonroot.domain.networks.Network` parses them."""
     publish: list[str] = field(default_factory=list)
     """Ports of this machine that lead into the guest: ``[ADDRESS:]PORT:GUEST-PORT[/udp]``."""
+    shares: list[str] = field(default_factory=list)
+    """Folders of this machine that the guest has too: ``HOST:GUEST[:ro]``, as :class:`nonroot.backends.share.Share`
+    parses them."""
     setup: bool = False
     """The initramfs has the userland that nonroot makes: a script of ours brings the devices up in it."""
     modules: str | None = None
@@ -155,6 +158,12 @@ class DomainOptions:
         from nonroot.domain.networks import parse_networks
 
         check_drives(self)
+        if self.shares:
+            from nonroot.domain.shares import parse_shares
+
+            parse_shares(self.shares)
+            if self.virtual_time:
+                raise BadOptionError("a shared folder takes the time that it takes: it cannot be had in virtual time")
         if parse_networks(self.networks, self.publish) and self.xen is False:
             raise BadOptionError("network cards are Xen's: a domain that is none of Xen's can have no network")
 

@@ -31,6 +31,7 @@ from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, wit
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
+from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
 from nonroot.xen.config import XenConfig
@@ -81,6 +82,8 @@ class Runner:
         self._choice = select.choose(options.engine)
         self.guest_devices: GuestDevices | None = None
         """Its paravirtual devices, if it is Xen's."""
+        self.shares: Shares | None = None
+        """Its shared folders, once their processes run."""
         self.xen, self._xen_reason = _xen_services(options)
         """The domain's dealings with XenStore, if it is Xen's."""
         options.xen = self.xen is not None
@@ -123,11 +126,16 @@ class Runner:
             initrd = with_agent(initrd or b"", agent_program(kernel_bits(options.kernel or "")))
         self._command_line = command_line(options, setup is not None)
         self.drives = Drives(options)
+        self.shares = Shares(parse_shares(options.shares))
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
             firmware=firmware,
-            attach=[*pc.attachments(options), *([self.drives.attach] if self.drives.wanted else [])],
+            attach=[
+                *pc.attachments(options),
+                *([self.drives.attach] if self.drives.wanted else []),
+                *([self.shares.attach] if self.shares.wanted else []),
+            ],
             reboot=options.reboot and firmware is not None,
             cmdline=self._command_line,
             initrd=initrd,
@@ -214,6 +222,8 @@ class Runner:
 
     def close(self) -> None:
         """The domain is over: nothing of it stays outside of this process."""
+        if self.shares is not None:
+            self.shares.close()
         if self.guest_devices is not None:
             self.guest_devices.close()
         if self.xen is not None:
@@ -447,11 +457,15 @@ def command_line(options: DomainOptions, setup: bool = False) -> str:
 
 def guest_setup(options: DomainOptions) -> GuestSetup | None:
     """What guest software of ours needs for the domain's devices; None if that is nothing, or it is not ours."""
-    if not options.xen or not options.setup:
+    shares = parse_shares(options.shares)
+    if not options.setup or not (options.xen or shares):
         return None
     disks = [name for name, _ in paravirtual_disks(options)]
     modules = None if options.modules is None else Path(options.modules)
-    setup = GuestSetup(disks, parse_networks(options.networks, options.publish), modules)
+    networks = parse_networks(options.networks, options.publish)
+    setup = GuestSetup(
+        disks, networks, modules, more_modules=list(SHARE_MODULES) if shares else [], more_lines=setup_lines(shares)
+    )
     return setup if setup.wanted else None
 
 

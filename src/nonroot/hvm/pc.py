@@ -9,8 +9,8 @@ A device of the PC comes onto the board by a function that takes the :class:`Boa
         return beeper
 
 :class:`nonroot.hvm.config.MachineConfig` carries such functions in ``attach``: they are called in order while the
-machine is made. Slots in use: 0 host bridge, 1 PIIX3 (function 0 ISA, 1 IDE, 3 power management), 2 VGA, 3 watchdog;
-functions of one slot are registered one by one.
+machine is made. Slots in use: 0 host bridge, 1 PIIX3 (function 0 ISA, 1 IDE, 3 power management), 2 VGA, 3 watchdog,
+5 Xen's platform device, 8 to 15 shared folders; functions of one slot are registered one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +32,8 @@ IDE_SLOT = (1, 1)
 POWER_SLOT = (1, 3)
 VGA_SLOT = (2, 0)
 WATCHDOG_SLOT = (3, 0)
+SHARE_SLOTS = tuple(range(8, 16))
+"""PCI slots of shared folders."""
 
 
 class PciSlotDevice(Device, Protocol):
