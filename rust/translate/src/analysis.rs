@@ -17,6 +17,8 @@ pub const RAX: u8 = 0;
 pub const RCX: u8 = 1;
 pub const RSP: u8 = 4;
 pub const RBP: u8 = 5;
+pub const RSI: u8 = 6;
+pub const RDI: u8 = 7;
 
 /// A memory operand.
 #[derive(Clone, Copy, Debug)]
@@ -98,6 +100,8 @@ pub enum Kind {
     CallIndirect,
     /// RET.
     Return,
+    /// MOVS and STOS.
+    String,
     /// RDTSC and RDTSCP.
     TimeStamp {
         /// RDTSCP.
@@ -167,6 +171,8 @@ pub struct Abilities {
     pub x87: bool,
     /// CLI, CLD and PUSHF are carried over.
     pub interrupt_flag: bool,
+    /// MOVS and STOS are carried over.
+    pub strings: bool,
     /// SYSCALL and SYSRETQ are carried over.
     pub syscalls: bool,
     /// RDTSC and RDTSCP are carried over.
@@ -399,6 +405,20 @@ fn alignment(i: &Instruction, size: usize) -> u8 {
 }
 
 /// The memory operand, if the translator can address it.
+/// Whether an instruction is MOVS or STOS with the mode's own address size and the usual segments.
+fn string(i: &Instruction, mode: Mode) -> bool {
+    use Mnemonic::*;
+    let long = mode == Mode::Long64;
+    let at = |n: u32, wide: OpKind, narrow: OpKind| i.op_kind(n) == if long { wide } else { narrow };
+    let to = at(0, OpKind::MemoryESRDI, OpKind::MemoryESEDI);
+    let usual = !matches!(i.segment_prefix(), Register::FS | Register::GS);
+    match i.mnemonic() {
+        Movsb | Movsw | Movsd | Movsq => to && usual && at(1, OpKind::MemorySegRSI, OpKind::MemorySegESI),
+        Stosb | Stosw | Stosd | Stosq => to,
+        _ => false,
+    }
+}
+
 fn operand(i: &Instruction, mode: Mode) -> Result<Option<Operand>, ()> {
     let memory: Vec<u32> = (0..i.op_count()).filter(|&n| is_memory(i.op_kind(n))).collect();
     for n in 0..i.op_count() {
@@ -540,8 +560,9 @@ pub fn guest(
     info: &mut InstructionInfoFactory,
 ) -> Option<Guest> {
     use Mnemonic::*;
+    let string = abilities.strings && string(i, mode);
     if i.is_invalid()
-        || i.has_rep_prefix() && !matches!(i.mnemonic(), Ret | Pause)
+        || i.has_rep_prefix() && !string && !matches!(i.mnemonic(), Ret | Pause)
         || i.has_repne_prefix() && !is_flow(i)
     {
         return None;
@@ -549,7 +570,7 @@ pub fn guest(
     let long = mode == Mode::Long64;
     let width = if long { 8 } else { 4 };
     let i = &modern(i);
-    let memory = operand(i, mode).ok()?;
+    let memory = if string { None } else { operand(i, mode).ok()? };
     let registers =
         || (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
     let x87 = x87(i, abilities);
@@ -566,6 +587,7 @@ pub fn guest(
         Div | Idiv if !registers().any(high_byte) && i.op0_size() >= 4 => {
             Kind::Divide { signed: i.mnemonic() == Idiv }
         }
+        _ if string => Kind::String,
         Cli if abilities.interrupt_flag => Kind::Cli,
         Sti if abilities.interrupt_flag => Kind::Sti,
         Swapgs if abilities.interrupt_flag && long => Kind::Swapgs,

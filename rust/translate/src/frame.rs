@@ -155,6 +155,8 @@ pub struct Frame {
     pub syscall_flags: u32,
     /// IA32_LSTAR.
     pub lstar: u64,
+    /// Host minus guest address of what MOVS and STOS read and write.
+    pub string: [u64; 2],
     /// GS base at privilege level 3; 0: none for 64-bit code now.
     pub gs_user: u64,
 }

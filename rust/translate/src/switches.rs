@@ -21,6 +21,8 @@ nonroot_interpret::optimisations! {
         x87 = "x87";
         /// CLI, STI, CLD, PUSHF, SWAPGS, STAC and CLAC run without leaving translated code.
         interrupt_flag = "interrupt-flag";
+        /// MOVS and STOS are the host's own, page by page.
+        strings = "strings";
         /// SYSCALL and SYSRETQ change the privilege level without leaving translated code.
         syscalls = "syscalls";
         /// RDTSC and RDTSCP ask for the time without leaving translated code.

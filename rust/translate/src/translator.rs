@@ -253,6 +253,7 @@ impl Translator {
             vectors: switches.vectors,
             x87,
             interrupt_flag: switches.interrupt_flag,
+            strings: switches.strings,
             syscalls: switches.syscalls,
             time_stamps: switches.time_stamps,
         };

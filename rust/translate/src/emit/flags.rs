@@ -81,6 +81,7 @@ impl Emitter<'_> {
                     | Kind::Pushf
                     | Kind::JumpIndirect
                     | Kind::CallIndirect
+                    | Kind::String
                     | Kind::TimeStamp { .. }
                     | Kind::Syscall
                     | Kind::Sysret

@@ -52,6 +52,7 @@ impl Emitter<'_> {
                 self.a.mem_imm(4, field!(rflags), !0x400);
             }
             Kind::Pushf => self.pushf(),
+            Kind::String => self.string(g)?,
             Kind::TimeStamp { processor } => self.time_stamp(processor),
             _ => return Err(format!("{:?}", g.kind)),
         }

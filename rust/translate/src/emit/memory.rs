@@ -174,7 +174,14 @@ impl Emitter<'_> {
             };
             if n > 0
                 && (g.implicit_rax
-                    || matches!(g.kind, Kind::HighByte | Kind::Divide { .. } | Kind::BitString))
+                    || matches!(
+                        g.kind,
+                        Kind::HighByte
+                            | Kind::Divide { .. }
+                            | Kind::BitString
+                            | Kind::String
+                            | Kind::TimeStamp { .. }
+                    ))
             {
                 break;
             }

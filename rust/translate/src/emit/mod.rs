@@ -16,6 +16,7 @@ mod memory;
 mod overlay;
 mod privilege;
 mod spilled;
+mod strings;
 mod x87;
 
 use crate::analysis::{self, Abilities, Guest};
