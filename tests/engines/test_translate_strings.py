@@ -62,8 +62,8 @@ def test_any_operation(operations: list[tuple[str, int, bool, int, int, int, boo
         base = AREA + 2 * 4096 + (count * size if down else 0)
         lines += [f"mov esi, {base + source}", f"mov edi, {base + target}", f"mov ecx, {count}", "cmp ecx, 100"]
         lines += ["mov eax, 0x81828384", "std" if down else "cld", f"{'rep ' if repeated else ''}{name}{SIZES[size]}"]
-    source = program([*lines, "cld"], bits)
-    assert run(EagerEngine(), source, bits) == run(InterpretEngine(), source, bits)
+    guest = program([*lines, "cld"], bits)
+    assert run(EagerEngine(), guest, bits) == run(InterpretEngine(), guest, bits)
 
 
 @pytest.mark.parametrize("off", ["", "strings", "jump-lookup"])
@@ -73,9 +73,9 @@ def test_copies_and_fills_across_pages(size: int, off: str) -> None:
     for source, target, count in (0, 3 * 4096, 4096), (5, 0x3123, 2500), (4095, 2, 3), (4094, 4093, 5), (0, 1, 3000):
         lines += [f"mov esi, {AREA + source}", f"mov edi, {AREA + target}", f"mov ecx, {count // size}"]
         lines += [f"rep movs{SIZES[size]}", "mov rax, rsi", f"mov ecx, {count // size}", f"rep stos{SIZES[size]}"]
-    source = program(lines, 64)
-    done = run(EagerEngine(), source, 64, frozenset({off} if off else ()))
-    assert done == run(InterpretEngine(), source, 64)
+    guest = program(lines, 64)
+    done = run(EagerEngine(), guest, 64, frozenset({off} if off else ()))
+    assert done == run(InterpretEngine(), guest, 64)
 
 
 def test_a_fault_in_the_middle_leaves_exact_registers() -> None:
