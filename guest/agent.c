@@ -352,7 +352,7 @@ static void unmount_all(void)
             if (*c)
                 *c++ = 0;
         }
-        if (n < 3 || (field[0][0] != '/' && field[2][0] != '9' /* 9p */))
+        if (n < 3 || (field[0][0] != '/' && field[2][0] != '9' /* 9p */ && !same(field[2], "virtiofs")))
             continue;
         unescape(field[1]);
         if (call2(SYS_umount2, field[1], 0) < 0)

@@ -181,6 +181,9 @@ def test_command_line_and_setup() -> None:
     assert "rdinit=/.nonroot/init" in command_line(some, setup=True)
     assert guest_setup(options(disks=["/a"])) is None, "the initramfs is the user's"
     assert guest_setup(options(setup=True, xen=False, disks=["/a"])) is None
+    shell = guest_setup(options(setup=True, xen=False, agent=False))
+    assert shell is not None, "PID 1 is a shell, which hears no signals"
+    assert b"exec busybox poweroff -f" in shell.archive()
 
 
 def test_the_script_is_one(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ INIT_PATH: Final = f"/{FOLDER}/init"
 """PID 1 where there is no agent: it sets up, and goes on as the initramfs's own /init."""
 FILE_SYSTEMS: Final = ("ext4", "crc32c_generic", "vfat", "nls_cp437", "nls_ascii", "isofs")
 """Modules that mount needs for usual disks; a kernel that has them built in has no such files."""
+MOUNTABLE: Final = ("ext4", "vfat", "iso9660")
+"""What mount tries where no type is given: naming them loads their modules."""
 MAX_MODULE: Final = 64 << 20
 
 PROLOGUE: Final = """\
@@ -63,6 +65,14 @@ mount -t devtmpfs dev /dev 2>/dev/null
 /.nonroot/setup
 umount /sys /proc
 exec /init
+"""
+
+END: Final = """\
+#!/bin/sh
+# Written by nonroot: PID 1 is a shell, which hears no signals, so this ends the guest itself.
+umount -a -r 2>/dev/null
+sync
+exec busybox {verb} -f
 """
 
 DHCP: Final = """\
@@ -113,11 +123,13 @@ class GuestSetup:
     """Names of modules that are loaded besides."""
     more_lines: list[str] = field(default_factory=list)
     """Further lines of the script."""
+    agent: bool = True
+    """Whether PID 1 is our agent."""
 
     @property
     def wanted(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.disks or self.networks or self.more_lines)
+        return bool(self.disks or self.networks or self.more_lines or not self.agent)
 
     def archive(self) -> bytes:
         """The initramfs's further archive. BadFileError if the kernel's modules cannot be read."""
@@ -125,7 +137,15 @@ class GuestSetup:
         archive.directory(FOLDER)
         archive.file(f"{FOLDER}/setup", self.script().encode(), mode=0o755)
         archive.file(f"{FOLDER}/dhcp", DHCP.encode(), mode=0o755)
-        archive.file(f"{FOLDER}/init", INIT.encode(), mode=0o755)
+        if not self.agent:
+            archive.file(f"{FOLDER}/init", INIT.encode(), mode=0o755)
+            for verb in ("poweroff", "reboot", "halt"):
+                archive.file(
+                    f"bin/{verb}", END.format(verb="poweroff" if verb == "halt" else verb).encode(), mode=0o755
+                )
+        if self.disks:
+            archive.directory("etc")
+            archive.file("etc/filesystems", "\n".join([*MOUNTABLE, ""]).encode())
         if self.modules is not None:
             _add_modules(archive, self.modules, [*self._drivers(), *(FILE_SYSTEMS if self.disks else ())])
         return archive.finish()
@@ -265,8 +285,9 @@ def _add_modules(archive: Cpio, folder: Path, names: list[str]) -> None:
     depends = {module.path: [paths[_canonical(name)] for name in module.depends] for module in modules}
 
     def all_of(path: str) -> list[str]:
-        below = [one for needed in depends[path] for one in (needed, *all_of(needed))]
-        return list(dict.fromkeys(below))
+        """What modprobe is to load before, the last one first: so nothing comes before what it needs itself."""
+        below = [one for needed in depends[path] for one in (*all_of(needed)[::-1], needed)]
+        return list(dict.fromkeys(below))[::-1]
 
     dep = "".join(f"{module.path}: {' '.join(all_of(module.path))}".rstrip() + "\n" for module in modules)
     alias = "".join(f"alias {name} {_canonical(module.name)}\n" for module in modules for name in module.aliases)

@@ -458,13 +458,18 @@ def command_line(options: DomainOptions, setup: bool = False) -> str:
 def guest_setup(options: DomainOptions) -> GuestSetup | None:
     """What guest software of ours needs for the domain's devices; None if that is nothing, or it is not ours."""
     shares = parse_shares(options.shares)
-    if not options.setup or not (options.xen or shares):
+    if not options.setup:
         return None
     disks = [name for name, _ in paravirtual_disks(options)]
     modules = None if options.modules is None else Path(options.modules)
     networks = parse_networks(options.networks, options.publish)
     setup = GuestSetup(
-        disks, networks, modules, more_modules=list(SHARE_MODULES) if shares else [], more_lines=setup_lines(shares)
+        disks,
+        networks,
+        modules,
+        more_modules=list(SHARE_MODULES) if shares else [],
+        more_lines=setup_lines(shares),
+        agent=options.agent,
     )
     return setup if setup.wanted else None
 

@@ -368,4 +368,6 @@ def fetch_software(config: Config, show: Callable[[str, float], None] | None = N
     guest = guests.linux(guests.DEFAULT_FLAVOUR, progress=show, allow_fetch=True)
     options.kernel = str(guest.kernel)
     options.initrd = None if guest.initrd is None else str(guest.initrd)
+    options.setup = guest.is_linux
+    options.modules = None if guest.modules is None else str(guest.modules)
     return guest.note
