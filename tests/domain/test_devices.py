@@ -20,7 +20,7 @@ from nonroot.domain.guest_devices import GuestDevices
 from nonroot.domain.guest_setup import GuestSetup, find_modules
 from nonroot.domain.networks import Network, parse_networks
 from nonroot.domain.options import DomainOptions
-from nonroot.domain.runner import command_line, guest_setup
+from nonroot.domain.runner import command_line, guest_setup, xen_services
 from nonroot.domain.xen_choice import choose_xen
 from nonroot.errors import BadFileError, BadOptionError, NonrootError, NotRunningError, UnsupportedError
 from nonroot.xenstore.client import XenStore
@@ -156,6 +156,19 @@ def test_a_kernel_without_its_configuration_is_looked_into_if_need_be(kernel: st
     assert chosen(kernel=kernel, networks=["user"]) is True
     assert chosen(kernel=kernel, disks=["/a"]) is None
     assert chosen(kernel=kernel) is False, "nothing depends on it"
+
+
+def test_without_xenstore_a_domain_is_xens_only_if_it_must_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    long = tmp_path / ("x" * 100)  # a socket's path cannot be so long
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", os.fspath(long))
+    services, reason = xen_services(options(xen=None))
+    assert services is None
+    assert "there is no private folder for running domains" in reason
+    with pytest.raises(NonrootError, match="there is no private folder"):
+        xen_services(options(xen=True))
+    assert xen_services(options(xen=False)) == (None, "it was not asked for")
 
 
 def test_networks_where_xen_cannot_be(kernel: str) -> None:

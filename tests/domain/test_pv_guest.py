@@ -84,6 +84,9 @@ def test_a_network_with_dhcp_a_published_port_and_a_shutdown() -> None:
     with nonroot.Domain(networks=["user,loopback,mac=00:16:3e:00:00:42"], publish=[f"{published}:7000"]) as domain:
         (card,) = domain.networks()
         assert card["publish"] == [f"127.0.0.1:{published}:7000"]
+        taken = nonroot.Domain(publish=[f"{published}:7000"])
+        with pytest.raises(nonroot.BadOptionError, match=rf"port {published} of 127\.0\.0\.1 cannot be published"):
+            taken.start()
         address = domain.run("cat /sys/class/net/eth0/address; ip -4 -o addr show eth0; cat /etc/resolv.conf").stdout
         assert address.startswith("00:16:3e:00:00:42\n")
         assert "inet 10.0.2.15/24" in address

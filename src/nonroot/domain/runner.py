@@ -84,7 +84,7 @@ class Runner:
         """Its paravirtual devices, if it is Xen's."""
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
-        self.xen, self._xen_reason = _xen_services(options)
+        self.xen, self._xen_reason = xen_services(options)
         """The domain's dealings with XenStore, if it is Xen's."""
         options.xen = self.xen is not None
         try:
@@ -474,7 +474,7 @@ def guest_setup(options: DomainOptions) -> GuestSetup | None:
     return setup if setup.wanted else None
 
 
-def _xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
+def xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
     """None, and why not."""
     if options.xen is False:
         return None, "it was not asked for"
