@@ -22,7 +22,14 @@ from nonroot.domain.networks import Network, parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.runner import command_line, guest_setup, xen_services
 from nonroot.domain.xen_choice import choose_xen
-from nonroot.errors import BadFileError, BadOptionError, NonrootError, NotRunningError, UnsupportedError
+from nonroot.errors import (
+    BadFileError,
+    BadOptionError,
+    NonrootError,
+    NotRunningError,
+    SoftwareMissingError,
+    UnsupportedError,
+)
 from nonroot.xenstore.client import XenStore
 from tests.backends.ethernet import wait_until
 from tests.backends.frontend import Guest, xenstore
@@ -335,6 +342,15 @@ def test_cards_are_listed_with_what_they_are(
         devices.add_network(Network.parse("lab"), 3)
     devices.remove_network(0)
     wait_until(lambda: [one["index"] for one in devices.networks()] == [3])
+
+
+def test_without_libslirp_the_user_learns_what_helps(devices: GuestDevices, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> None:
+        raise SoftwareMissingError("apt cannot be reached")
+
+    monkeypatch.setattr("nonroot.domain.pv_devices.PvDevices.add_card", missing)
+    with pytest.raises(SoftwareMissingError, match=r"needs libslirp.*apt cannot be reached; install .* libslirp0"):
+        devices.add_network(Network.parse("user"))
 
 
 def test_nothing_is_added_to_what_has_ended(devices: GuestDevices) -> None:

@@ -22,7 +22,7 @@ from nonroot.domain.drives import MOST_DISKS, disk_name
 from nonroot.domain.networks import Network
 from nonroot.domain.pv_devices import PvDevices
 from nonroot.domain.registry import runtime_dir
-from nonroot.errors import BadOptionError, NotRunningError
+from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError
 from nonroot.xen.backend import FrontendAccess
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
@@ -102,7 +102,12 @@ class GuestDevices:
         devices = self._open()
         mac = network.mac or random_mac(random.SystemRandom())
         if network.is_user:
-            device = devices.add_card(network.user_network(self._hostname), mac, index)
+            try:
+                device = devices.add_card(network.user_network(self._hostname), mac, index)
+            except SoftwareMissingError as error:
+                raise SoftwareMissingError(
+                    f"the user's network needs libslirp, which is not here: {error}; install Debian's package libslirp0"
+                ) from None
         else:
             device = devices.join(join_network(runtime_dir(), network.name), mac, index)
         self._facts["vif", device.number] = {"index": device.number, **network.to_wire(), "mac": mac}
