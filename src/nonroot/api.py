@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from nonroot.backends.share import Share
 from nonroot.display.screen import HasScreen
 from nonroot.domain.client import DomainClient, check_version
 from nonroot.domain.device_commands import HasDevices, drive_text
@@ -111,6 +112,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         xen: bool | None = None,
         networks: Iterable[str] = (),
         publish: Iterable[str] = (),
+        shares: Iterable[str] = (),
         name: str | None = None,
         console: bool = True,
         fetch: bool = True,
@@ -150,6 +152,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             between domains; text ``NETWORK[,mac=MAC][,ip=ADDRESS/BITS][,isolated][,loopback]``.
         :param publish: ports of this machine that lead into the guest, ``"[ADDRESS:]PORT:GUEST-PORT[/udp]"``; adds
             the network ``"user"`` if there is none.
+        :param shares: folders of this machine that the guest has too, ``"HOST:GUEST[:ro]"``. Guest software of ours
+            mounts them before commands run; others find them as the virtio file systems ``share0``, ``share1`` ….
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param fetch: whether guest software may be fetched from the network.
@@ -192,6 +196,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             xen=xen,
             networks=_texts(networks, "networks"),
             publish=_texts(publish, "publish"),
+            shares=[str(Share.parse(text)) for text in _texts(shares, "shares")],
         )
         self._name = name
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)

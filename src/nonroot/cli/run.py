@@ -49,6 +49,7 @@ Examples:
   nonroot run --copy-out /proc/cpuinfo:cpuinfo.txt -- true
   nonroot run --json --timeout 60 -- dmesg
   nonroot run --disk data.img -- mount /dev/xvda /mnt
+  nonroot run --share .:/src:ro --workdir /src -- ls -l
   nonroot run --net user -- wget -O - http://example.org/
   nonroot run --memory 1G --append nokaslr       the console; Ctrl-] leaves
 """
@@ -136,6 +137,9 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
     multiple=True,
     help="Lead a port of this machine into the guest; implies --net user.",
 )
+@click.option(
+    "--share", metavar="HOST:GUEST[:ro]", multiple=True, help="Give the guest a folder of this machine, at GUEST."
+)
 @click.option("--name", metavar="NAME", help="Be found under this name (see list).  [default: a free one]")
 @click.option("--display", is_flag=True, help="Have a screen, keyboard and mouse; with a BIOS they are there anyway.")
 @click.option(
@@ -179,6 +183,7 @@ def run(
     xen: bool | None,
     net: tuple[str, ...],
     publish: tuple[str, ...],
+    share: tuple[str, ...],
     name: str | None,
     display: bool,
     vnc: str | None,
@@ -251,6 +256,7 @@ def run(
             "xen": xen,
             "networks": net,
             "publish": publish,
+            "shares": share,
             "name": name,
             "display": display or vnc is not None,
             "flavour": flavour,
