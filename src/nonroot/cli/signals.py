@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from nonroot.domain import host
+
 __all__ = ["InterruptedBySignal", "SignalRelay"]
 
 FATAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -78,6 +80,7 @@ class SignalRelay:
         self._kill()
 
     def _relay(self) -> None:
+        host.leave_signals_to_others()
         while number := self._queue.get():
             with contextlib.suppress(Exception):  # the domain may be gone already; the main thread says so
                 if number == signal.SIGWINCH:

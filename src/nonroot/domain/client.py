@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nonroot.domain import host
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
 from nonroot.errors import DomainLostError, InternalError, NonrootError, TransientError, error_from_wire
 
@@ -217,6 +218,7 @@ class DomainClient:
                 self._process.wait(2)
 
     def _read_only(self) -> None:
+        host.leave_signals_to_others()
         try:
             reason = self._receive()
         except Exception as unexpected:  # a defect here must not leave callers waiting for ever

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
+from nonroot.domain import host
 from nonroot.domain.client import DomainClient, Pending
 from nonroot.domain.wire import Kind
 from nonroot.errors import BadOptionError, CommandTimeoutError, NonrootError, OutputLimitError, UnsupportedError
@@ -195,6 +196,7 @@ class Command:
 
     def _feed(self, source: bytes | str | IO[bytes] | int) -> None:
         """The thread that sends stdin on; it never reads ahead of what the guest takes by more than the credit."""
+        host.leave_signals_to_others()
         with contextlib.suppress(NonrootError, OSError, ValueError):
             if isinstance(source, str):
                 source = source.encode("utf-8", "surrogateescape")

@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 
-__all__ = ["die_with_parent", "keep_alive_without_parent", "name_process"]
+__all__ = ["die_with_parent", "keep_alive_without_parent", "leave_signals_to_others", "name_process"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -24,6 +24,18 @@ def die_with_parent() -> None:
 def keep_alive_without_parent() -> None:
     """Undo :func:`die_with_parent`, for a domain that outlives its client."""
     _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(0))
+
+
+def leave_signals_to_others() -> None:
+    """
+    Let the process's other threads take its signals.
+
+    Python's handlers run in the main thread, but a signal that the kernel gives to another thread does not wake it up.
+    """
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK,
+        {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCHLD},
+    )
 
 
 def name_process(name: str) -> None:
