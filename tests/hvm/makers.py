@@ -10,13 +10,15 @@ from nonroot.devices.fw_cfg import FwCfg
 from nonroot.devices.i6300esb import LENGTH as I6300ESB_LENGTH
 from nonroot.devices.i6300esb import I6300Esb
 from nonroot.devices.ide import PiixIde
-from nonroot.devices.pci_device import UNCONNECTED
+from nonroot.devices.pci_device import UNCONNECTED, PciConnection
 from nonroot.devices.piix4_pm import Piix4Pm
 from nonroot.devices.ps2 import LENGTH as PS2_LENGTH
 from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import LENGTH as VGA_LENGTH
 from nonroot.devices.vga import Vga
 from nonroot.devices.vga_state import MEMORY_SIZE
+from nonroot.devices.virtio_fs import VirtioFs
+from nonroot.devices.virtio_pci import COMMON_LENGTH, CONFIG, ISR, NOTIFY
 from nonroot.hvm.acpi_pm import AcpiPm
 from nonroot.hvm.agent_port import AgentPort
 from nonroot.hvm.clock import ManualClock
@@ -102,6 +104,8 @@ class Kind:
     make: Callable[[Outside], Device]
     length: int
     sizes: tuple[int, ...] = (1,)
+    further: tuple[int, ...] = ()
+    """Registers beyond ``length``, which random accesses reach too."""
 
 
 KINDS: dict[type, Kind] = {
@@ -128,5 +132,11 @@ KINDS: dict[type, Kind] = {
     Dma8237: Kind(lambda o: Dma8237(FakeMemory(), o.event), 0x40),
     FloppyController: Kind(lambda o: make_floppy(o.clock, o.irq, o.event), 8),
     XenPlatform: Kind(lambda o: XenPlatform(events=o.event, unplug=o.call, log=o.sent.append), PORTS_LENGTH, (1, 2, 4)),
+    VirtioFs: Kind(
+        lambda o: VirtioFs("tag", 0, PciConnection(irq=o.irq, dma=FakeMemory()), o.event),
+        COMMON_LENGTH,
+        (1, 2, 4, 8),
+        (ISR, CONFIG, CONFIG + 36, NOTIFY, NOTIFY + 4, NOTIFY + 8),
+    ),
     AgentPort: Kind(lambda o: AgentPort(o.sent.extend, o.call, o.event), 12, (1, 2, 4)),
 }

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nonroot.devices
 import nonroot.hvm
+import nonroot.xen
 from nonroot.hvm.device import Device, StateError, StateRecord
 from tests.hvm.makers import KINDS, Kind, Outside
 
@@ -86,14 +88,15 @@ def poke(device: Any, value: int) -> None:
 
 def test_every_device_is_registered() -> None:
     found = set()
-    for module in pkgutil.iter_modules(nonroot.hvm.__path__):
-        if module.name in ("machine", "ram"):
-            continue
-        for _, thing in inspect.getmembers(importlib.import_module(f"nonroot.hvm.{module.name}"), inspect.isclass):
-            if all(hasattr(thing, name) for name in ("read", "write", "reset", "state", "from_state")):
-                found.add(thing)
-    registered = {kind for kind in KINDS if kind.__module__.startswith("nonroot.hvm.")}
-    assert {kind for kind in found if not getattr(kind, "_is_protocol", False)} == registered
+    for package in (nonroot.hvm, nonroot.devices, nonroot.xen):
+        for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            if info.name in ("nonroot.hvm.machine", "nonroot.hvm.ram"):
+                continue
+            for _, thing in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
+                if all(hasattr(thing, name) for name in ("read", "write", "reset", "state", "from_state")):
+                    found.add(thing)
+    bases = {base for kind in KINDS for base in kind.__mro__[1:]}
+    assert {kind for kind in found - bases if not getattr(kind, "_is_protocol", False)} == set(KINDS)
 
 
 @every_device

@@ -9,6 +9,7 @@ import os
 import random
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -20,6 +21,9 @@ from nonroot.devices.ide import PiixIde
 from nonroot.devices.pci_device import PciConnection
 from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
+from nonroot.devices.virtio_fs import VirtioFs
+from nonroot.devices.virtio_pci import VirtioPci
+from nonroot.devices.virtqueue import SplitQueue, VirtqueueError
 from nonroot.hvm.device import BlockDevice, Device
 from nonroot.hvm.pci import PciHost
 from tests.hvm.makers import KINDS, Outside
@@ -67,6 +71,33 @@ class Quiet(Outside):
         self.heard["call"] += 1
 
 
+class Emptying:
+    """Behind a virtio device: gives every request back at once, with zeros."""
+
+    def __init__(self, device: VirtioPci) -> None:
+        self.device = device
+        self.queues: Sequence[SplitQueue | None] = ()
+
+    def started(self, queues: Sequence[SplitQueue | None]) -> None:
+        self.queues = queues
+
+    def stopped(self) -> None:
+        self.queues = ()
+
+    def notified(self, queue: int) -> None:
+        taken = self.queues[queue]
+        if taken is None:
+            return
+        try:
+            for _ in range(min(taken.pending(), 8)):
+                chain = taken.take()
+                taken.give_back(chain, taken.write(chain, memoryview(bytes(64))))
+        except VirtqueueError:
+            self.device.fail()
+        if taken.publish():
+            self.device.interrupt()
+
+
 class Hammer:
     """A guest without sense that knows one device."""
 
@@ -78,6 +109,10 @@ class Hammer:
         if device_type is FwCfg:
             files = {"etc/one": bytes(range(200)), "two": b""}
             self.device = FwCfg({5: b"\1\0"}, files, PciConnection(dma=self.memory).dma, self.outside.event)
+        if device_type is VirtioFs:
+            connection = PciConnection(irq=self.outside.irq, dma=self.memory)
+            self.device = VirtioFs("tag", 0, connection, self.outside.event)
+            self.device.backend = Emptying(self.device)
         self.blocks = self.device if isinstance(self.device, BlockDevice) else None
         self.random = random.Random(f"{device_type.__name__} {seed}")
         values = COMMON + SPECIAL.get(device_type, ()) * 4
@@ -87,9 +122,9 @@ class Hammer:
     def random_places(self) -> list[tuple[int, int, int]]:
         """(offset, size, all ones of that size), every size at every offset if there are not too many."""
         kind = self.kind
-        places = [
-            (offset, size, (1 << 8 * size) - 1) for size in kind.sizes for offset in range(kind.length - size + 1)
-        ]
+        offsets = [(offset, size) for size in kind.sizes for offset in range(kind.length - size + 1)]
+        offsets += [(offset, size) for size in kind.sizes for offset in kind.further]
+        places = [(offset, size, (1 << 8 * size) - 1) for offset, size in offsets]
         self.random.shuffle(places)
         return [places[index % len(places)] for index in range(CHOICES)]
 
@@ -111,6 +146,8 @@ class Hammer:
                 self.block(offset, size, number)
             elif isinstance(device, FwCfg):
                 self.command(number)
+            elif isinstance(device, VirtioFs):
+                self.drive(device, number)
 
     def block(self, offset: int, size: int, number: int) -> None:
         """REP INS or REP OUTS."""
@@ -133,6 +170,26 @@ class Hammer:
         high = 0 if number & 0x8000_0000 else chance.choice((0, 1, 0xFFFF_FFFF))
         self.device.write(DMA_HIGH, 4, int.from_bytes(high.to_bytes(4, "big"), "little"))
         self.device.write(DMA_LOW, 4, int.from_bytes(place.to_bytes(4, "big"), "little"))
+
+    def drive(self, device: VirtioFs, number: int) -> None:
+        """Sets the device up, its queues in memory that holds anything, and says that there is something."""
+        chance = self.random
+        self.memory.write(0, chance.randbytes(0x1000))
+        features = ((0x00, 4, 1), (0x08, 4, 1), (0x0C, 4, 1), (0x14, 1, 0x0F))
+        for register, size, value in ((0x14, 1, 0), (0x14, 1, 3), *features[:3], (0x14, 1, 0x0B)):
+            device.write(register, size, value)
+        for queue in range(3):
+            entries = 1 << chance.randrange(9)
+            for register, size, value in ((0x16, 2, queue), (0x18, 2, entries), (0x1C, 2, 1)):
+                if register == 0x1C:
+                    for place in (0x20, 0x28, 0x30):
+                        device.write(place, 8, chance.choice((0, chance.randrange(0x1000), number, number << 32)))
+                device.write(register, size, value)
+        device.write(*features[3])
+        for queue in range(2):
+            available = device.state().driver[queue]
+            self.memory.write(available + 2 & 0xFFFF, bytes((chance.randrange(4), 0)))
+            device.write(0x3000 + 4 * queue, 2, queue)
 
     def look(self) -> None:
         """Its record is whole, and taken again without a change; sometimes it is reset; other places from now on."""

@@ -267,9 +267,9 @@ class VirtioPci(PciDevice):
     def _common_write(self, offset: int, size: int, value: int) -> None:
         data = value.to_bytes(size, "little")
         for start, length, field in _FIELDS:
-            first, last = max(start, offset), min(start + length, offset + size)
-            if first >= last:
+            if start >= offset + size or offset >= start + length:
                 continue
+            first, last = max(start, offset), min(start + length, offset + size)
             if field in _READ_ONLY:
                 if field not in ("config_vector", "queue_vector"):
                     self._events(self.name, "read-only-register", start)
