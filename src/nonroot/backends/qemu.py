@@ -132,6 +132,7 @@ def _start(
     prctl = ctypes.CDLL(None).prctl
 
     def end_with_us() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a vCPU's thread, which may have called us, takes none
         prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM), 0, 0, 0)
 
     try:

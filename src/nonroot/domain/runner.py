@@ -23,7 +23,7 @@ from nonroot.boot.cpio import append
 from nonroot.devices.display import Console as Seated
 from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
-from nonroot.domain import pc
+from nonroot.domain import host, pc
 from nonroot.domain.display import Seat
 from nonroot.domain.drives import Drives, paravirtual_disks
 from nonroot.domain.guest_setup import INIT_PATH, GuestSetup
@@ -348,6 +348,7 @@ class Runner:
     # ── the vCPU's thread ──
 
     def _run(self) -> None:
+        host.leave_signals_to_others()
         try:
             stop = self._run_machine()
         except BaseException as unexpected:
