@@ -35,6 +35,11 @@ class Memory:
         """
     def touch(self, gfn: int) -> None:
         """A frame was written through another mapping of its backing: as after ``write``."""
+    def foreign(self, gfn: int, on: bool) -> None:
+        """Another process may write a frame from now on, or no more; meanwhile it is not run from decoded code.
+
+        Either way what was decoded of it is dropped, and it counts as dirty.
+        """
     def compare_exchange(self, backing: int, offset: int, expected: int, new: int) -> int:
         """Put ``new`` into an aligned 32-bit word of a backing if it is ``expected``; what was there. ValueError."""
     def take_dirty(self) -> list[int]:

@@ -152,6 +152,9 @@ class Guest:
         assert 0 <= offset <= offset + len(data) <= PAGE
         self.frame(self._entry(ref, True))[offset : offset + len(data)] = data
 
+    def settle(self) -> None:
+        pass
+
 
 class BlockFront:
     """blkfront: reads and writes of any length, with or without indirect segments and persistent grants."""

@@ -120,6 +120,10 @@ impl Memory {
         self.inner.touch(gfn);
     }
 
+    fn foreign(&self, gfn: u64, on: bool) {
+        self.inner.foreign(gfn, on);
+    }
+
     fn compare_exchange(&self, backing: usize, offset: u64, expected: u32, new: u32) -> PyResult<u32> {
         self.inner.compare_exchange(backing, offset, expected, new).map_err(error)
     }

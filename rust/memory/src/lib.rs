@@ -411,6 +411,18 @@ impl Memory {
         }
     }
 
+    /// Another process may write the frame from now on (or no more): until then it is never run from
+    /// decoded code. Either way what was decoded of it is dropped, and it counts as dirty.
+    pub fn foreign(&self, gfn: u64, on: bool) {
+        if self.entry(gfn) & P2M_PRESENT == 0 {
+            return;
+        }
+        let before = if on { self.set_flags(gfn, P2M_FOREIGN) } else { self.clear_flags(gfn, P2M_FOREIGN) };
+        if (self.set_flags(gfn, P2M_DIRTY) | before) & P2M_CODE != 0 {
+            self.post_stale_code(gfn);
+        }
+    }
+
     /// Puts `new` into an aligned 32-bit word of a backing if it is `expected`, in one step for
     /// everybody who shares the memory. Returns what was there.
     pub fn compare_exchange(

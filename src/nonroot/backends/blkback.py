@@ -75,6 +75,8 @@ class BlockConnection:
         self._ring, self._abi, self._grants, self._image = ring, abi, grants, image
         self._notify = notify
         self._kept: OrderedDict[int, memoryview] | None = OrderedDict() if persistent else None
+        self._read_into: Callable[[int, list[memoryview]], None] | None = getattr(image, "read_into", None)
+        self._write_from: Callable[[int, list[memoryview]], None] | None = getattr(image, "write_from", None)
         self.requests = 0
         """Requests so far."""
         self.refused = 0
@@ -103,14 +105,21 @@ class BlockConnection:
             ring.respond(self._abi.response(request.id, request.operation, status))
             if unpublished >= PUSH_BYTES:
                 unpublished = 0
-                if ring.push():
-                    self._notify()
-        if ring.push():
-            self._notify()
+                self._publish()
+        self._publish()
+        self._trim()
         return ring.final_check()
+
+    def _publish(self) -> None:
+        if self._ring.unpublished:
+            self._grants.settle()
+            if self._ring.push():
+                self._notify()
 
     def close(self) -> None:
         """Unmap what stayed mapped."""
+        with contextlib.suppress(GrantError):
+            self._grants.settle()
         if self._kept is not None:
             while self._kept:
                 self._unmap(self._kept.popitem()[0])
@@ -166,6 +175,10 @@ class BlockConnection:
     def _read(self, request: BlkifRequest, segments: tuple[Segment, ...]) -> int:
         sectors = sum(last - first + 1 for _, first, last in segments)
         offset = self._place(request.sector, sectors)
+        if self._kept is not None and self._read_into is not None:
+            self._read_into(offset, self._views(segments))
+            self.read_bytes += sectors * SECTOR
+            return sectors * SECTOR
         data = memoryview(self._image.read(offset, sectors * SECTOR))
         if len(data) < sectors * SECTOR:
             raise _BadRequestError
@@ -183,6 +196,10 @@ class BlockConnection:
         offset = self._place(request.sector, sectors)
         if self._image.read_only:
             raise _BadRequestError
+        if self._kept is not None and self._write_from is not None:
+            self._write_from(offset, self._views(segments))
+            self.written_bytes += sectors * SECTOR
+            return sectors * SECTOR
         parts = [self._from_guest(gref, first * SECTOR, (last - first + 1) * SECTOR) for gref, first, last in segments]
         self._image.write(offset, parts[0] if len(parts) == 1 else b"".join(parts))
         self.written_bytes += sectors * SECTOR
@@ -200,15 +217,31 @@ class BlockConnection:
     def _from_guest(self, gref: int, offset: int, length: int) -> bytes:
         if self._kept is None:
             return self._grants.copy_from(gref, offset, length)
+        return bytes(self._kept_page(gref)[offset : offset + length])
+
+    def _kept_page(self, gref: int) -> memoryview:
+        assert self._kept is not None
         view = self._kept.get(gref)
         if view is None:
-            view = self._grants.map(gref)
-            self._kept[gref] = view
-            if len(self._kept) > MOST_PERSISTENT:
-                self._unmap(self._kept.popitem(last=False)[0])
+            view = self._kept[gref] = self._grants.map(gref)
         else:
             self._kept.move_to_end(gref)
-        return bytes(view[offset : offset + length])
+        return view
+
+    def _views(self, segments: tuple[Segment, ...]) -> list[memoryview]:
+        """The places of the segments in the guest's memory. GrantError."""
+        views = []
+        for gref, first, last in segments:
+            page = self._kept_page(gref)
+            whole = first == 0 and last == FIRST_LAST_SECTOR
+            views.append(page if whole else page[first * SECTOR : (last + 1) * SECTOR])
+        return views
+
+    def _trim(self) -> None:
+        """Let go of the grants that have not been used for the longest time."""
+        if self._kept is not None:
+            while len(self._kept) > MOST_PERSISTENT:
+                self._unmap(self._kept.popitem(last=False)[0])
 
     def _unmap(self, gref: int) -> None:
         with contextlib.suppress(GrantError):  # the domain is gone

@@ -42,6 +42,10 @@ SECCOMP: Final = 317
 SECCOMP_SET_MODE_FILTER: Final = 1
 RET_ALLOW: Final = 0x7FFF0000
 RET_EPERM: Final = 0x00050000 | 1
+RET_ENOSYS: Final = 0x00050000 | 38
+CLONE: Final = 56
+CLONE3: Final = 435
+CLONE_THREAD: Final = 0x00010000
 AUDIT_ARCH_X86_64: Final = 0xC000003E
 
 # System calls by their numbers on x86-64; what is not here fails.
@@ -56,7 +60,8 @@ _CALLS: Final = {
     "futex": 202, "epoll_create": 213, "clock_gettime": 228, "clock_nanosleep": 230, "exit_group": 231,
     "epoll_wait": 232,
     "epoll_ctl": 233, "set_robust_list": 273, "ppoll": 271, "epoll_pwait": 281, "eventfd2": 290, "epoll_create1": 291,
-    "getrandom": 318, "preadv": 295, "pwritev": 296, "rseq": 334, "restart_syscall": 219, "sigaltstack": 131,
+    "getrandom": 318, "preadv": 295, "pwritev": 296, "preadv2": 327,
+    "pwritev2": 328, "rseq": 334, "restart_syscall": 219, "sigaltstack": 131,
     "gettimeofday": 96, "time": 201, "tgkill": 234, "fallocate": 285, "accept4": 288, "accept": 43, "openat": 257,
     "newfstatat": 262, "open": 2, "access": 21, "statx": 332, "sendmmsg": 307, "recvmmsg": 299, "getdents64": 217,
 }  # fmt: skip
@@ -86,6 +91,7 @@ def confine(
     files: int = 1024,
     writes_files: bool = False,
     folder: int | None = None,
+    threads: bool = False,
 ) -> list[str]:
     """
     Confine this process and all its threads to come, for good. To be called before other threads start.
@@ -93,7 +99,8 @@ def confine(
     ``calls``: :data:`PLAIN` or :data:`NETWORK`; ``readable``: files that may be opened for reading later; ``memory``:
     bytes of address space beyond today's; ``files``: descriptors; ``writes_files``: whether it may write to regular
     files that it has open; ``folder``: the descriptor of one below which everything may be reached, also for changes if
-    ``writes_files``. Returns the layers that could not be had, each as half a sentence.
+    ``writes_files``; ``threads``: whether it may start
+    further threads. Returns the layers that could not be had, each as half a sentence.
     """
     missing = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -111,7 +118,7 @@ def confine(
         return ["privileges cannot be given up"]
     if reason := _landlock(readable, folder, writes_files):
         missing.append(f"files stay reachable: {reason}")
-    if reason := _seccomp(calls):
+    if reason := _seccomp(calls, threads):
         missing.append(f"system calls are not filtered: {reason}")
     return missing
 
@@ -149,14 +156,14 @@ def _landlock(readable: Iterable[str], folder: int | None, changes: bool) -> str
     return None
 
 
-def _seccomp(calls: frozenset[int]) -> str | None:
+def _seccomp(calls: frozenset[int], threads: bool) -> str | None:
     if platform.machine() != "x86_64":
         return "the list is x86-64's"
 
     def instruction(code: int, constant: int, true: int = 0, false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, true, false, constant)
 
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     program = [
         instruction(load, 4),
         instruction(equal, AUDIT_ARCH_X86_64, 1, 0),
@@ -167,6 +174,15 @@ def _seccomp(calls: frozenset[int]) -> str | None:
     ]
     for number in sorted(calls):
         program += [instruction(equal, number, 0, 1), instruction(give, RET_ALLOW)]
+    if threads:
+        program += [
+            instruction(equal, CLONE3, 0, 1),
+            instruction(give, RET_ENOSYS),  # its flags are in memory: the C library takes clone() then
+            instruction(equal, CLONE, 0, 3),
+            instruction(load, 16),  # the first argument's lower half
+            instruction(any_bit, CLONE_THREAD, 0, 1),
+            instruction(give, RET_ALLOW),
+        ]
     program.append(instruction(give, RET_EPERM))
     code = b"".join(program)
     buffer = ctypes.create_string_buffer(code, len(code))

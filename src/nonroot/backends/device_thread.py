@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from nonroot.backends.link import LinkClosedError
+from nonroot.backends.message import LostError
 from nonroot.backends.ring import RingError
 
 __all__ = ["DeviceThread"]
@@ -21,13 +22,15 @@ class DeviceThread:
         step: Callable[[], bool],
         interest: Callable[[], list[tuple[int, int]]] = list,
         failed: Callable[[str], object] = lambda _: None,
+        wake: int | None = None,
     ) -> None:
         """
         ``step`` returns whether there is more to do at once; ``interest`` tells descriptors and events for poll(2);
-        ``failed`` is called in this thread with the reason, after which it ends.
+        ``failed`` is called in this thread with the reason, after which it ends. ``wake``: the eventfd to sleep on,
+        the thread's from now on; without one it makes its own.
         """
         self._step, self._interest, self._failed = step, interest, failed
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if wake is None else wake
         self._stopping = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"nonroot-{name}", daemon=True)
@@ -56,16 +59,20 @@ class DeviceThread:
     def _run(self) -> None:
         wake = self._wake
         more = True
+        known: list[tuple[int, int]] | None = None
+        poller = select.poll()
         try:
             while not self._stopping:
-                poller = select.poll()
-                poller.register(wake, select.POLLIN)
-                for fd, events in self._interest():
-                    poller.register(fd, events)
-                poller.poll(0 if more else None)
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(wake)
+                interest = self._interest()
+                if interest != known:
+                    known = interest
+                    poller = select.poll()
+                    for fd, events in ((wake, select.POLLIN), *interest):
+                        poller.register(fd, events)
+                if any(fd == wake for fd, _ in poller.poll(0 if more else None)):
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(wake)
                 if not self._stopping:
                     more = self._step()
-        except (RingError, LinkClosedError) as error:
+        except (RingError, LinkClosedError, LostError) as error:
             self._failed(str(error))

@@ -5,6 +5,7 @@ with one packet is answered with an error; what no frontend does by mistake (pac
 offloads of size zero) ends the connection with a reason, as Linux's backend has it.
 """
 
+import contextlib
 import select
 from collections import deque
 from collections.abc import Callable
@@ -109,7 +110,7 @@ class NetConnection:
             elif frame.data:
                 self.sent += 1
                 self._link.send(frame)
-        if ring.push():
+        if ring.unpublished and ring.push():
             self._notify_tx()
         # While the link is busy the requests stay where they are: its becoming free is what wakes us.
         return ring.final_check() and not self._link.busy
@@ -207,8 +208,10 @@ class NetConnection:
             self._queue.popleft()
             self._copy_out(frame)
             self.received += 1
-        if ring.push():
-            self._notify_rx()
+        if ring.unpublished:
+            self._grants.settle()
+            if ring.push():
+                self._notify_rx()
 
     def _copy_out(self, frame: Frame) -> None:
         data = memoryview(frame.data)
@@ -237,3 +240,5 @@ class NetConnection:
     def close(self) -> None:
         """The link stays open: a frontend that connects again finds it."""
         self._queue.clear()
+        with contextlib.suppress(GrantError):
+            self._grants.settle()

@@ -2,6 +2,7 @@
 without a name, which is gone with its last user.
 """
 
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -14,8 +15,13 @@ __all__ = ["OverlayImage", "scratch_folder"]
 
 CLUSTER: Final = 4096
 """Bytes that are copied up together."""
-REGION: Final = 1 << 15
-"""Clusters whose presence one bitmap holds (128 MiB); regions without a write have none."""
+LARGEST_SHARED: Final = 1 << 44
+"""Bytes of the largest image whose layer another process may adopt: the map of its clusters fits into its limits."""
+
+
+def _bitmap_bytes(size: int) -> int:
+    """Whole pages of a map with a bit for each cluster; it is as sparse as the writes are."""
+    return -(-size // (CLUSTER * 8 * mmap.PAGESIZE)) * mmap.PAGESIZE
 
 
 def scratch_folder() -> str:
@@ -30,7 +36,7 @@ class OverlayImage:
 
     def __init__(self, base: Image, folder: str | None = None) -> None:
         """``folder``: where the layer's file lies. BadFileError if none can be made there."""
-        self._base = base
+        self.base = base
         self.size = base.size
         place = folder or scratch_folder()
         try:
@@ -39,7 +45,26 @@ class OverlayImage:
             reason = (error.strerror or str(error)).lower()
             raise BadFileError(f"an overlay cannot be made in {Path(place)}: {reason}; set TMPDIR") from None
         self._fd = self._file.fileno()
-        self._present: dict[int, bytearray] = {}
+        self._bitmap_fd = os.memfd_create("nonroot-overlay", os.MFD_CLOEXEC)
+        os.ftruncate(self._bitmap_fd, _bitmap_bytes(self.size))
+        self._bitmap = mmap.mmap(self._bitmap_fd, 0)
+        self._changed = False
+        """Whether a bit of the map may be set."""
+
+    @classmethod
+    def adopt(cls, base: Image, layer: int, bitmap: int) -> "OverlayImage":
+        """A layer that another process has made, by its descriptors, which are the image's from now on."""
+        image = cls.__new__(cls)
+        image.base, image.size = base, base.size
+        image._file = os.fdopen(layer, "r+b")
+        image._fd, image._bitmap_fd = layer, bitmap
+        image._bitmap = mmap.mmap(bitmap, 0)
+        image._changed = True
+        return image
+
+    def layer(self) -> tuple[int, int] | None:
+        """The layer's descriptors, for :meth:`adopt` in another process. None: the image is too large for that."""
+        return (self._fd, self._bitmap_fd) if self.size <= LARGEST_SHARED else None
 
     @property
     def read_only(self) -> bool:
@@ -47,15 +72,13 @@ class OverlayImage:
         return False
 
     def _has(self, cluster: int) -> bool:
-        bitmap = self._present.get(cluster // REGION)
-        place = cluster % REGION
-        return bitmap is not None and bool(bitmap[place >> 3] >> (place & 7) & 1)
+        return bool(self._bitmap[cluster >> 3] >> (cluster & 7) & 1)
 
     def _mark(self, first: int, last: int) -> None:
+        self._changed = True
+        bitmap = self._bitmap
         for cluster in range(first, last + 1):
-            bitmap = self._present.setdefault(cluster // REGION, bytearray(REGION // 8))
-            place = cluster % REGION
-            bitmap[place >> 3] |= 1 << (place & 7)
+            bitmap[cluster >> 3] |= 1 << (cluster & 7)
 
     def read(self, offset: int, length: int) -> bytes:
         """From the layer where it has been written, from below elsewhere."""
@@ -69,7 +92,7 @@ class OverlayImage:
                 end += CLUSTER
             want = min(end, offset + length) - at
             try:
-                part = self._read_layer(at, want) if here else self._base.read(at, want)
+                part = self._read_layer(at, want) if here else self.base.read(at, want)
             except OSError:
                 if not parts:
                     raise
@@ -92,10 +115,10 @@ class OverlayImage:
     def descriptor(self, offset: int, length: int) -> int | None:
         """The layer's or that of the image below, if all is there."""
         first, last = offset // CLUSTER, (offset + length - 1) // CLUSTER
-        here = bool(self._present) and self._has(first)
-        if self._present and any(self._has(cluster) != here for cluster in range(first + 1, last + 1)):
+        here = self._changed and self._has(first)
+        if self._changed and any(self._has(cluster) != here for cluster in range(first + 1, last + 1)):
             return None
-        return self._fd if here else self._base.descriptor(offset, length)
+        return self._fd if here else self.base.descriptor(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
         """Into the layer; the rest of a cluster is copied up first. A failure leaves what was there before."""
@@ -113,9 +136,9 @@ class OverlayImage:
         self._mark(first, last)
 
     def _below(self, offset: int, length: int) -> bytes:
-        data = self._base.read(offset, length)
+        data = self.base.read(offset, length)
         if len(data) < length:
-            data += self._base.read(offset + len(data), length - len(data))  # raises what stands in the way
+            data += self.base.read(offset + len(data), length - len(data))  # raises what stands in the way
         return data
 
     def flush(self) -> None:
@@ -123,5 +146,8 @@ class OverlayImage:
 
     def close(self) -> None:
         """The layer is gone; the image below is closed."""
-        self._file.close()
-        self._base.close()
+        if not self._file.closed:
+            self._file.close()
+            self._bitmap.close()
+            os.close(self._bitmap_fd)
+        self.base.close()

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from typing import Final
 
 from nonroot.backends.image import whole_sectors
@@ -65,6 +66,14 @@ class RawImage:
             raise
         self._size = whole_sectors(self._end)
 
+    @classmethod
+    def adopt(cls, fd: int, path: str, read_only: bool) -> "RawImage":
+        """The image behind a descriptor that another process has opened and locked; it is the image's from now on."""
+        image = cls.__new__(cls)
+        image.path, image._read_only, image._fd = path, read_only, fd
+        image.look_again()
+        return image
+
     @property
     def size(self) -> int:
         """Bytes, whole sectors."""
@@ -110,6 +119,29 @@ class RawImage:
             at += count
             view = view[count:]
         self._end = max(self._end, at)
+
+    def read_into(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill ``parts``, one after the other. OSError: some of it may have been filled."""
+        wanted = sum(map(len, parts))
+        if offset + wanted <= self._end and os.preadv(self._fd, parts, offset) == wanted:
+            return
+        data = self.read(offset, wanted)
+        if len(data) < wanted:
+            raise OSError(errno.EIO, "the image has become shorter")
+        at = 0
+        for part in parts:
+            part[:] = data[at : at + len(part)]
+            at += len(part)
+
+    def write_from(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write ``parts``, one after the other. OSError: some of it may have been written."""
+        if self._read_only:
+            raise OSError(errno.EROFS, "the image is read-only")
+        wanted = sum(map(len, parts))
+        done = os.pwritev(self._fd, parts, offset)
+        self._end = max(self._end, offset + done)
+        if done != wanted:
+            self.write(offset + done, b"".join(parts)[done:])
 
     def discard(self, offset: int, length: int) -> None:
         """Make a hole, which reads as zeros. OSError where the file system has none."""

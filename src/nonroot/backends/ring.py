@@ -12,10 +12,12 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["HEADER_BYTES", "BackRing", "FrontRing", "RingError", "ring_slots"]
+__all__ = ["HEADER_BYTES", "BackRing", "FrontRing", "RingError", "journal_bytes", "ring_slots"]
 
 HEADER_BYTES: Final = 64
 PAGE: Final = 4096
+JOURNAL_HEAD: Final = 8
+"""Bytes: how many responses, from which index on; the first word is written last, and is 0 when all is published."""
 _MASK: Final = 0xFFFFFFFF
 REQ_PROD, REQ_EVENT, RSP_PROD, RSP_EVENT = range(4)
 
@@ -30,6 +32,11 @@ def _fence() -> None:
 
 class RingError(Exception):
     """The other end has broken the ring's rules. One sentence."""
+
+
+def journal_bytes(pages: int) -> int:
+    """Memory for the journal of a ring in ``pages`` pages."""
+    return JOURNAL_HEAD + pages * PAGE
 
 
 def ring_slots(pages: int, slot_bytes: int) -> int:
@@ -74,16 +81,37 @@ class _Slots:
 class BackRing(_Slots):
     """The backend's end. For one thread."""
 
-    def __init__(self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int) -> None:
+    def __init__(
+        self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int, journal: memoryview | None = None
+    ) -> None:
         """
         Attach to a ring in ``pages`` (4096 bytes each, writable).
 
         Requests without a response count as new: a backend that takes over from a dead one does them again. RingError
-        if the indices cannot be right.
+        if the indices cannot be right. ``journal``: :func:`journal_bytes` of memory, zeros at first, that outlives this
+        process: a response takes the place of its request in the ring before it is published, and who takes over
+        finds there what was being published.
         """
         super().__init__(pages, request_bytes, response_bytes)
-        self._consumed = self._produced = self._published = self.words[RSP_PROD]
+        self._ready: list[bytes] = []
+        self._journal = journal
+        self._journal_words = None if journal is None else journal[:JOURNAL_HEAD].cast("I")
+        self._published = self.words[RSP_PROD]
+        self._recover()
+        self._consumed = self._produced = self._published
         self.pending()
+
+    def _recover(self) -> None:
+        """Publish what a dead backend was about to publish."""
+        if self._journal is None or self._journal_words is None:
+            return
+        count, base = self._journal_words[0], self._journal_words[1]
+        if count and count <= self.size and base == self._published:
+            for number in range(count):
+                at = JOURNAL_HEAD + number * self._response
+                self.write(base + number & _MASK, bytes(self._journal[at : at + self._response]))
+            self._published = self.words[RSP_PROD] = base + count & _MASK
+        self._journal_words[0] = 0
 
     def pending(self) -> int:
         """Requests that have not been taken. RingError if there are more than the ring can hold."""
@@ -104,7 +132,7 @@ class BackRing(_Slots):
 
     def respond(self, data: bytes) -> None:
         """Add a response; nobody sees it before :meth:`push`."""
-        self.write(self._produced, data)
+        self._ready.append(data)
         self._produced = self._produced + 1 & _MASK
 
     def push(self) -> bool:
@@ -112,9 +140,25 @@ class BackRing(_Slots):
         old, new = self._published, self._produced
         if old == new:
             return False
+        words = self._journal_words
+        if words is not None and self._journal is not None:
+            data = b"".join(self._ready)
+            self._journal[JOURNAL_HEAD : JOURNAL_HEAD + len(data)] = data
+            words[1] = old
+            words[0] = len(self._ready)
+        for number, response in enumerate(self._ready):
+            self.write(old + number & _MASK, response)
+        self._ready.clear()
         self._published = self.words[RSP_PROD] = new
+        if words is not None:
+            words[0] = 0
         _fence()
         return (new - self.words[RSP_EVENT] & _MASK) < (new - old & _MASK)
+
+    @property
+    def unpublished(self) -> bool:
+        """Whether there are responses that have not been published."""
+        return bool(self._ready)
 
     def final_check(self, wanted: int = 1) -> bool:
         """Ask to be notified when there are ``wanted`` requests; whether there are as many already. RingError."""

@@ -1,14 +1,15 @@
-"""The block backend as a device of XenStore: negotiation, and the thread that serves a connected disk."""
+"""The block backend as a device of XenStore: negotiation; who serves a connected disk is another matter."""
 
 from collections.abc import Callable
 from typing import Final
 
 from nonroot.backends.blkback import MOST_INDIRECT, BlockConnection
 from nonroot.backends.blkif import ABIS, SECTOR
-from nonroot.backends.device_thread import DeviceThread
+from nonroot.backends.data_path import DiskPath
+from nonroot.backends.handover import describe_image
 from nonroot.backends.image import Image
 from nonroot.backends.raw import RawImage
-from nonroot.backends.ring import BackRing
+from nonroot.backends.supervisor import BackendProcess, Served
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
 from nonroot.errors import BadOptionError
 from nonroot.xen.backend import FrontendAccess
@@ -71,15 +72,19 @@ class BlockDevice(BackendDevice):
         *,
         persistent: bool = True,
         post: Callable[[Callable[[], object]], object] = lambda call: call(),
+        process: BackendProcess | None = None,
     ) -> None:
-        """``persistent``: offer that grants stay mapped. ``post``: has a callable called in the store's thread."""
+        """
+        ``persistent``: offer that grants stay mapped. ``post``: has a callable called in the store's thread.
+        ``process``: does the requests, if the image can be given to it; else a thread of this process does.
+        """
         super().__init__(store, path, access)
         self.image = image
-        self.connection: BlockConnection | None = None
         self._persistent = persistent
         self._post = post
-        self._thread: DeviceThread | None = None
-        self._ring: BackRing | None = None
+        self._process = process
+        self._path: DiskPath | None = None
+        self._served: Served | None = None
 
     def features(self) -> dict[str, str]:
         """What Linux's backend says, too."""
@@ -113,39 +118,54 @@ class BlockDevice(BackendDevice):
             references = [number(self.front(f"ring-ref{index}"), f"ring-ref{index}") for index in range(1 << order)]
         port_number = number(self.front("event-channel"), "event-channel")
         persistent = self._persistent and self.front_flag("feature-persistent")
-        self._ring = BackRing(self.map_ring(references), abi.request_bytes, abi.response_bytes)
-        thread = self._thread = DeviceThread(self.path.rsplit("/", 1)[1], self._step, failed=self._failed)
-        port = self.bind(port_number, thread.wake)
-        self.connection = BlockConnection(self._ring, abi, self.access.grants, self.image, port.notify, persistent)
-        thread.start()
+        name = f"vbd{self.path.rsplit('/', 1)[1]}"
+        described = None if self._process is None else describe_image(self.image)
+        if self._process is not None and described is not None:
+            description, files = described
+            facts = {"abi": abi.name, "refs": references, "persistent": persistent, "image": description}
+            self._served = Served(name, {"op": "disk", **facts}, files, self._failed, 1)
+            self.serve(self._process, self._served, [port_number])
+        else:
+            self._path = DiskPath(
+                name,
+                self.map_ring(references),
+                abi.name,
+                self.access.grants,
+                self.image,
+                lambda: self.ports[0].notify(),
+                persistent=persistent,
+                failed=self._failed,
+            )
+            self.bind(port_number, self._path.thread.wake)
+            self._path.thread.start()
         kind = self.store.read(f"{self.path}/device-type")
         info = (INFO_READ_ONLY if self.image.read_only else 0) | (INFO_CDROM | INFO_REMOVABLE if kind == "cdrom" else 0)
         keys = {"sector-size": str(SECTOR), "physical-sector-size": str(SECTOR), "info": str(info)}
         return {**self._size_keys(), **keys}
 
-    def _step(self) -> bool:
-        assert self.connection is not None
-        return self.connection.step()
+    @property
+    def connection(self) -> BlockConnection | None:
+        """The data path, if it is in this process."""
+        return None if self._path is None else self._path.connection
 
     def _failed(self, reason: str) -> None:
         self._post(lambda: self.fail(reason))
 
     def disconnect(self) -> None:
-        """Stop the thread after its requests."""
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-        if self._ring is not None:
-            self._ring.release()
-            self._ring = None
+        """Stop after the requests that are being done."""
+        if self._path is not None:
+            self._path.stop()
+            self._path = None
+        if self._served is not None and self._process is not None:
+            self._process.stop(self._served)
+            self._served = None
 
     def resized(self) -> None:
         """Tell the guest the image's size, which has changed; a raw image looks at its file."""
         if isinstance(self.image, RawImage):
             self.image.look_again()
+        if self._served is not None and self._process is not None:
+            self._process.resized(self._served)
         self.republish(self._size_keys())
 
     def release(self) -> None:

@@ -1,19 +1,14 @@
-"""The network backend as a device of XenStore: negotiation, and the thread that serves a connected card."""
+"""The network backend as a device of XenStore: negotiation; who serves a connected card is another matter."""
 
 import random
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 
-from nonroot.backends.device_thread import DeviceThread
+from nonroot.backends.data_path import CardPath
 from nonroot.backends.link import Link
 from nonroot.backends.netback import NetConnection, Offloads
-from nonroot.backends.netif import (
-    RX_REQUEST_BYTES,
-    RX_RESPONSE_BYTES,
-    TX_REQUEST_BYTES,
-    TX_RESPONSE_BYTES,
-)
-from nonroot.backends.ring import BackRing
+from nonroot.backends.supervisor import BackendProcess, Served
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
 from nonroot.errors import BadOptionError
 from nonroot.xen.backend import FrontendAccess
@@ -53,14 +48,15 @@ class NetDevice(BackendDevice):
         link: Link,
         *,
         post: Callable[[Callable[[], object]], object] = lambda call: call(),
+        process: BackendProcess | None = None,
     ) -> None:
-        """``post``: has a callable called in the store's thread."""
+        """``post``: has a callable called in the store's thread. ``process``: moves the packets, else a thread here."""
         super().__init__(store, path, access)
         self.link = link
-        self.connection: NetConnection | None = None
         self._post = post
-        self._thread: DeviceThread | None = None
-        self._rings: list[BackRing] = []
+        self._process = process
+        self._path: CardPath | None = None
+        self._served: Served | None = None
 
     def features(self) -> dict[str, str]:
         """What Linux's backend says, too, but for several queues and the control ring."""
@@ -88,10 +84,6 @@ class NetDevice(BackendDevice):
             number(self.front("event-channel-tx"), "event-channel-tx"),
             number(self.front("event-channel-rx"), "event-channel-rx"),
         ]  # fmt: skip
-        tx = BackRing(self.map_ring([tx_ref]), TX_REQUEST_BYTES, TX_RESPONSE_BYTES)
-        self._rings.append(tx)
-        rx = BackRing(self.map_ring([rx_ref]), RX_REQUEST_BYTES, RX_RESPONSE_BYTES)
-        self._rings.append(rx)
         offloads = Offloads(
             scatter_gather=self.front_flag("feature-sg"),
             gso_tcp4=self.front_flag("feature-gso-tcpv4"),
@@ -99,37 +91,46 @@ class NetDevice(BackendDevice):
             checksum=not self.front_flag("feature-no-csum-offload"),
             checksum6=self.front_flag("feature-ipv6-csum-offload"),
         )
-        name = self.path.rsplit("/", 1)[1]
-        thread = self._thread = DeviceThread(f"vif{name}", self._step, self._interest, self._failed)
-        bound = [self.bind(port, thread.wake) for port in ports]
-        self.connection = NetConnection(
-            tx, rx, self.access.grants, self.link, bound[0].notify, bound[-1].notify, offloads
+        name = f"vif{self.path.rsplit('/', 1)[1]}"
+        if self._process is not None:
+            facts = {"tx": tx_ref, "rx": rx_ref, "offloads": asdict(offloads)}
+            # With one channel both rings' events are that one's.
+            self._served = Served(name, {"op": "card", **facts}, [self.link.fileno()], self._failed, 2)
+            self.serve(self._process, self._served, ports)
+            return {}
+        tx_page, rx_page = self.map_ring([tx_ref, rx_ref])
+        self._path = CardPath(
+            name,
+            tx_page,
+            rx_page,
+            self.access.grants,
+            self.link,
+            lambda: self.ports[0].notify(),
+            lambda: self.ports[-1].notify(),
+            offloads,
+            failed=self._failed,
         )
-        thread.start()
+        for port in ports:
+            self.bind(port, self._path.thread.wake)
+        self._path.thread.start()
         return {}
 
-    def _step(self) -> bool:
-        assert self.connection is not None
-        return self.connection.step()
-
-    def _interest(self) -> list[tuple[int, int]]:
-        assert self.connection is not None
-        return self.connection.interest()
+    @property
+    def connection(self) -> NetConnection | None:
+        """The data path, if it is in this process."""
+        return None if self._path is None else self._path.connection
 
     def _failed(self, reason: str) -> None:
         self._post(lambda: self.fail(reason))
 
     def disconnect(self) -> None:
-        """Stop the thread; the link stays, for the next frontend."""
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-        for ring in self._rings:
-            ring.release()
-        self._rings.clear()
+        """Stop; the link stays, for the next frontend."""
+        if self._path is not None:
+            self._path.stop()
+            self._path = None
+        if self._served is not None and self._process is not None:
+            self._process.stop(self._served)
+            self._served = None
 
     def release(self) -> None:
         """Close the link: what is at its other end ends, too."""

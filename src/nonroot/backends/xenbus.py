@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, Final, Protocol
 
 from nonroot.backends.ring import RingError
+from nonroot.backends.supervisor import BackendProcess, Served
 from nonroot.xen.backend import EventChannelError, EventChannelPort, FrontendAccess, GrantError
 
 __all__ = ["BackendDevice", "BadFrontendError", "Store", "XenbusState", "create_device", "number"]
@@ -130,7 +131,8 @@ class BackendDevice:
         self.state = XenbusState.UNKNOWN
         self.failure = ""
         """Why the device was closed, if the frontend made an error."""
-        self._ports: list[EventChannelPort] = []
+        self.ports: list[EventChannelPort] = []
+        """Bound event channels of the frontend's."""
         self._mapped: list[int] = []
         self._watch: Any = None
 
@@ -177,8 +179,16 @@ class BackendDevice:
             bound = self.access.bind_interdomain(port, on_event)
         except EventChannelError as error:
             raise BadFrontendError(f"the frontend's event channel cannot be bound: {error}") from None
-        self._ports.append(bound)
+        self.ports.append(bound)
         return bound
+
+    def serve(self, process: BackendProcess, served: Served, ports: list[int]) -> None:
+        """Have a process serve the connected device, whose events are those of ``ports``. BadFrontendError."""
+        bound = [self.bind(port, served.wake) for port in ports]
+        served.notify = [bound[min(index, len(bound) - 1)].notify for index in range(len(served.notify_fds))]
+        error = process.serve(served)
+        if error is not None:
+            raise BadFrontendError(error)
 
     # ── the life of a device ──
 
@@ -205,7 +215,7 @@ class BackendDevice:
             theirs = XenbusState(int(text)) if text and text.isdigit() and len(text) < 3 else XenbusState.UNKNOWN
         except ValueError:
             theirs = XenbusState.UNKNOWN
-        connected = bool(self._mapped)
+        connected = bool(self._mapped or self.ports)
         match theirs:
             case XenbusState.INITIALISING:
                 if connected:
@@ -240,9 +250,9 @@ class BackendDevice:
 
     def _disconnect(self) -> None:
         self.disconnect()
-        for port in self._ports:
+        for port in self.ports:
             port.close()
-        self._ports.clear()
+        self.ports.clear()
         for reference in self._mapped:
             with contextlib.suppress(GrantError):  # the domain is gone
                 self.access.grants.unmap(reference)

@@ -1,7 +1,8 @@
-"""A domain's paravirtual disks and network cards: made in XenStore, served by threads of its process.
+"""A domain's paravirtual disks and network cards: made in XenStore, served by a process of their own.
 
-One thread hears the store and does the negotiations; each connected device has a thread of its own for its data. What
-is not memory-safe has processes of its own: libslirp (confined), and QEMU's storage daemon for images that are not raw.
+One thread hears the store and does the negotiations; the data goes through the domain's backend process, where each
+connected device has a thread. What is not memory-safe has processes of its own: libslirp (confined), and QEMU's storage
+daemon for images that are not raw: those are served by a thread of this process.
 """
 
 import contextlib
@@ -16,14 +17,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.handover import describe_image
 from nonroot.backends.helper import Helper
 from nonroot.backends.link import Link
 from nonroot.backends.slirp import UserNetwork, start_user_network
+from nonroot.backends.supervisor import BackendProcess
 from nonroot.backends.vbd import BlockDevice, create_vbd, vdev_number
 from nonroot.backends.vif import NetDevice, create_vif, random_mac
 from nonroot.backends.xenbus import BackendDevice, XenbusState
 from nonroot.errors import BadOptionError, NotRunningError
 from nonroot.xen.backend import FrontendAccess
+from nonroot.xen.sharing import Sharing
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
 
@@ -62,6 +66,9 @@ class PvDevices:
         self._closing = threading.Event()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
+        sharing = getattr(access, "sharing", None)
+        self.process = BackendProcess(sharing) if isinstance(sharing, Sharing) else None
+        """What serves connected devices, if the domain's memory can be shared; else threads of this process do."""
 
     # ── disks ──
 
@@ -72,7 +79,16 @@ class PvDevices:
         image = open_image(drive)
         try:
             path = create_vbd(self._store, self._access.domid, vdev, image, cdrom)
-            backend = BlockDevice(self._store, path, self._access, image, persistent=False, post=self._post)
+            shared = self.process is not None and describe_image(image) is not None
+            backend = BlockDevice(
+                self._store,
+                path,
+                self._access,
+                image,
+                persistent=shared,
+                post=self._post,
+                process=self.process if shared else None,
+            )
         except BaseException:
             image.close()
             raise
@@ -103,7 +119,7 @@ class PvDevices:
                 number = min(set(range(len(taken) + 1)) - taken) if index is None else index
                 self._check_free("vif", number, f"there is a network card {number} already")
                 path = create_vif(self._store, self._access.domid, number, mac or random_mac(random.SystemRandom()))
-                backend = NetDevice(self._store, path, self._access, link, post=self._post)
+                backend = NetDevice(self._store, path, self._access, link, post=self._post, process=self.process)
                 return self._add(PvDevice("vif", number, backend, helper))
         except BaseException:
             link.close()
@@ -139,6 +155,8 @@ class PvDevices:
             self._devices.clear()
             os.close(self._wake)
             self._wake = -1
+        if self.process is not None:
+            self.process.close()
 
     def _check_free(self, kind: str, number: int, sentence: str) -> None:
         with self._lock:
@@ -155,6 +173,8 @@ class PvDevices:
     def _add(self, device: PvDevice) -> PvDevice:
         with self._lock:
             self._devices[device.kind, device.number] = device
+            if self.process is not None:
+                self.process.prepare()
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="nonroot-xenbus", daemon=True)
                 self._thread.start()

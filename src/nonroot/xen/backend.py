@@ -54,7 +54,10 @@ class GrantAccess(Protocol):
         """``length`` bytes at ``offset`` of the granted page."""
 
     def copy_to(self, ref: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write ``data`` at ``offset`` of the granted page, like DMA."""
+        """Write ``data`` at ``offset`` of the granted page, like DMA; the guest may hear of it after :meth:`settle`."""
+
+    def settle(self) -> None:
+        """What was copied to the guest counts as written from now on. To be called before a response is published."""
 
 
 class EventChannelPort(Protocol):

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from typing import Final
+from typing import Final, Protocol
 
+from nonroot._engine import Memory
 from nonroot.xen.abi import (
     ENTRY_PERMIT,
     ENTRY_READING,
@@ -32,10 +33,21 @@ ENTRIES: Final = PAGE_SIZE // ENTRY_SIZE
 """Entries of one frame."""
 
 
+class OwnPages(Protocol):
+    """Where the table's pages are; :class:`nonroot.xen.memory.Physmap` is one."""
+
+    @property
+    def memory(self) -> Memory:
+        """That has their backing."""
+
+    def own(self, page: int) -> Page:
+        """One of the pages that Xen and the guest share."""
+
+
 class GrantTable:
     """The table. Any thread."""
 
-    def __init__(self, physmap: Physmap) -> None:
+    def __init__(self, physmap: OwnPages) -> None:
         self.frames = 1
         """How many frames it has."""
         self.maximum = GRANT_FRAMES
@@ -99,6 +111,26 @@ class GrantTable:
             if not uses[0]:
                 del self._uses[ref]
             self._words.update(self._entry(ref), clear, 0)
+
+    def release_all(self, domid: int) -> tuple[list[int], int]:
+        """
+        Clear the marks of another process that acted as ``domid`` and is gone.
+
+        Returns the frames that it may have written, and how many entries were marked. Entries that this process uses
+        stay as they are.
+        """
+        written, marked = [], 0
+        with self._lock:
+            for ref in range(self.frames * ENTRIES):
+                entry = self._entry(ref)
+                word = self._words.load(entry)
+                if ref in self._uses or word >> 16 != domid or not word & (ENTRY_READING | ENTRY_WRITING):
+                    continue
+                marked += 1
+                if word & ENTRY_WRITING:
+                    written.append(self._words.load(entry.plus(4)))
+                self._words.update(entry, ENTRY_READING | ENTRY_WRITING, 0)
+        return written, marked
 
     def _entry(self, ref: int) -> Place:
         if not 0 <= ref < self.frames * ENTRIES:
@@ -175,6 +207,9 @@ class BackendGrants:
                 self._physmap.memory.write(gfn * PAGE_SIZE + offset, data)
             except (ValueError, OverflowError):
                 raise GrantError(f"grant {ref} has lost its memory", GrantStatus.BAD_PAGE) from None
+
+    def settle(self) -> None:
+        """Nothing: what was copied counts at once."""
 
     def close(self) -> None:
         """Give back everything that is mapped."""

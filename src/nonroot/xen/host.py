@@ -34,6 +34,7 @@ from nonroot.xen.memory import CONSOLE, SPECIAL_FRAMES, SPECIAL_GFN, STORE, Phys
 from nonroot.xen.memory_ops import MemoryOps
 from nonroot.xen.sched_ops import SchedOps, Sleeper
 from nonroot.xen.shared import SharedInfo
+from nonroot.xen.sharing import Sharing
 from nonroot.xen.store_ring import StoreRing
 from nonroot.xen.upcall import Upcalls
 from nonroot.xen.vcpu_ops import VcpuOps
@@ -125,6 +126,8 @@ class XenHost:
         self.table = GrantTable(self.physmap)
         self.grants = BackendGrants(self.table, self.physmap, BACKEND_DOMID)
         """What the domain has granted to domain 0."""
+        self.sharing = Sharing(self.physmap, self.table)
+        """For backends in processes of their own."""
         self._grant_ops = GrantOps(self.table, self.physmap, config.domid)
         self._hvm = HvmOps(self.shared, self.upcalls, config.domid, clock.now_ns, self._flush)
         self._vcpu_ops = VcpuOps(

@@ -8,11 +8,13 @@ until the guest populates some frame with it.
 import fcntl
 import mmap
 import os
+from threading import Lock
 from typing import Final, NamedTuple
 
 from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.xen.abi import PAGE_SIZE, Errno, HypercallError
+from nonroot.xen.frame_table import FrameTable, Run
 
 __all__ = ["GRANT_FRAMES", "Page", "Physmap", "Place", "Words"]
 
@@ -111,6 +113,8 @@ class Physmap:
         self._free: list[int] = []
         self._shown: dict[int, int] = {}  # own page's offset -> frame
         self._aliases: set[int] = set()  # frames that show a page which has another frame
+        self._changing = Lock()
+        self._frames: FrameTable | None = None
 
     # ── pages ──
 
@@ -118,12 +122,37 @@ class Physmap:
         """A page of the hypervisor's own."""
         return Place(self.own_backing, page * PAGE_SIZE)
 
+    def share_frames(self) -> int:
+        """The descriptor of a table of the frames, which follows all changes from now on. It stays this object's."""
+        with self._changing:
+            if self._frames is None:
+                self._frames = FrameTable(self._runs())
+            return self._frames.fd
+
+    def _runs(self) -> list[Run]:
+        """RAM and own pages as they are now, without the board's frames, which others change."""
+        runs: list[Run] = []
+        for first, count, backing, offset, writable in self.memory.runs():
+            if backing not in (RAM, self.own_backing):
+                continue
+            at = first
+            for low, high in (*sorted(FIXED), (first + count, first + count)):
+                end = min(low, first + count)
+                if end > at:
+                    place = offset + (at - first) * PAGE_SIZE
+                    runs.append((at, end - at, place, backing != RAM, writable))
+                at = max(at, high)
+        return runs
+
+    def descriptor(self, backing: int) -> int:
+        """A new descriptor of a backing, to read and write. The descriptors at hand are for reading."""
+        return os.open(f"/proc/self/fd/{self._files[backing]}", os.O_RDWR | os.O_CLOEXEC)
+
     def view(self, page: Page) -> memoryview:
         """A page, readable and writable, shared with the guest."""
         backing = self._maps.get(page.backing)
         if backing is None:
-            # The descriptor is read-only, for those who look from outside; this process may write.
-            fd = os.open(f"/proc/self/fd/{self._files[page.backing]}", os.O_RDWR | os.O_CLOEXEC)
+            fd = self.descriptor(page.backing)
             try:
                 backing = self._maps[page.backing] = mmap.mmap(fd, 0)
             finally:
@@ -151,10 +180,10 @@ class Physmap:
         self._check(gfn)
         before = self._shown.pop(page.offset, None)
         if before is not None and before != gfn:
-            self.memory.unmap(before, 1)
+            self._unmap(before)
         self._drop(gfn)
         self._shown[page.offset] = gfn
-        self.memory.map(gfn, 1, page.backing, page.offset)
+        self._map(gfn, page.backing, page.offset)
 
     def move(self, gfn: int, target: int) -> None:
         """What is at ``gfn`` is at ``target`` afterwards. HypercallError EINVAL."""
@@ -167,17 +196,17 @@ class Physmap:
             return
         self._drop(target)
         self._remember(gfn)
-        self.memory.unmap(gfn, 1)
+        self._unmap(gfn)
         if page.backing == self.own_backing:
             self._shown[page.offset] = target
-        self.memory.map(target, 1, page.backing, page.offset)
+        self._map(target, page.backing, page.offset)
 
     def remove(self, gfn: int) -> bool:
         """Take a frame out of the p2m; its memory goes to the pool. False if there is none, or it is the board's."""
         if not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn) or self.page(gfn) is None:
             return False
         self._drop(gfn)
-        self.memory.unmap(gfn, 1)
+        self._unmap(gfn)
         return True
 
     def populate(self, gfn: int) -> bool:
@@ -185,7 +214,7 @@ class Physmap:
         if not self._free or not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn) or self.memory.lookup(gfn) is not None:
             return False
         self._remember(gfn)
-        self.memory.map(gfn, 1, RAM, self._free.pop())
+        self._map(gfn, RAM, self._free.pop())
         return True
 
     def show_alias(self, gfn: int, page: Page, writable: bool) -> None:
@@ -195,13 +224,13 @@ class Physmap:
             raise HypercallError(Errno.EINVAL)
         self._drop(gfn)
         self._aliases.add(gfn)
-        self.memory.map(gfn, 1, page.backing, page.offset, writable)
+        self._map(gfn, page.backing, page.offset, writable)
 
     def hide_alias(self, gfn: int) -> None:
         """Undo :meth:`show_alias`."""
         if gfn in self._aliases:
             self._aliases.discard(gfn)
-            self.memory.unmap(gfn, 1)
+            self._unmap(gfn)
 
     @property
     def pool(self) -> int:
@@ -212,14 +241,29 @@ class Physmap:
         """The p2m as at power-on."""
         for gfn, found in self._original.items():
             if found is None:
-                self.memory.unmap(gfn, 1)
+                self._unmap(gfn)
             else:
-                self.memory.map(gfn, 1, found[0], found[1], found[2])
+                self._map(gfn, found[0], found[1], found[2])
         self._original.clear()
         self._free.clear()
         self._shown.clear()
         self._aliases.clear()
         self.clear_own()
+
+    def _map(self, gfn: int, backing: int, offset: int, writable: bool = True) -> None:
+        with self._changing:
+            self.memory.map(gfn, 1, backing, offset, writable)
+            if self._frames is not None:
+                if backing in (RAM, self.own_backing):
+                    self._frames.put(gfn, offset, backing != RAM, writable)
+                else:
+                    self._frames.drop(gfn)
+
+    def _unmap(self, gfn: int) -> None:
+        with self._changing:
+            if self._frames is not None:
+                self._frames.drop(gfn)
+            self.memory.unmap(gfn, 1)
 
     def _check(self, gfn: int) -> None:
         if not 0 <= gfn <= MAXIMUM_GFN or _fixed(gfn):
@@ -251,6 +295,8 @@ class Physmap:
     def close(self) -> None:
         """Unmap what can be unmapped; for the end of the domain."""
         self._maps.clear()
+        if self._frames is not None:
+            self._frames.close()
 
 
 def _fixed(gfn: int) -> bool:

@@ -1,0 +1,87 @@
+"""The data paths of connected devices, each with its thread: in the domain's process, or in a backend process."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from nonroot.backends.blkback import BlockConnection
+from nonroot.backends.blkif import ABIS
+from nonroot.backends.device_thread import DeviceThread
+from nonroot.backends.image import Image
+from nonroot.backends.link import Link
+from nonroot.backends.netback import NetConnection, Offloads
+from nonroot.backends.netif import RX_REQUEST_BYTES, RX_RESPONSE_BYTES, TX_REQUEST_BYTES, TX_RESPONSE_BYTES
+from nonroot.backends.ring import BackRing, journal_bytes
+from nonroot.xen.backend import GrantAccess
+
+__all__ = ["JOURNAL_BYTES", "CardPath", "DiskPath"]
+
+MOST_RING_PAGES: Final = 4
+JOURNAL_BYTES: Final = 2 * journal_bytes(MOST_RING_PAGES)
+"""Bytes of a device's journal: room for two rings."""
+
+Notify = Callable[[], object]
+
+
+class DiskPath:
+    """A disk's ring, served."""
+
+    def __init__(
+        self,
+        name: str,
+        pages: Sequence[memoryview],
+        abi: str,
+        grants: GrantAccess,
+        image: Image,
+        notify: Notify,
+        *,
+        persistent: bool,
+        failed: Callable[[str], object],
+        journal: memoryview | None = None,
+        wake: int | None = None,
+    ) -> None:
+        """RingError. ``abi``: the name of one of the layouts; ``wake``: an eventfd, the path's from now on."""
+        layout = ABIS[abi]
+        part = None if journal is None else journal[: JOURNAL_BYTES // 2]
+        self.ring = BackRing(pages, layout.request_bytes, layout.response_bytes, part)
+        self.connection = BlockConnection(self.ring, layout, grants, image, notify, persistent)
+        self.thread = DeviceThread(name, self.connection.step, failed=failed, wake=wake)
+
+    def stop(self) -> None:
+        """End after the requests that are being done; what was mapped for them is given back."""
+        self.thread.stop()
+        self.connection.close()
+        self.ring.release()
+
+
+class CardPath:
+    """A card's rings, served."""
+
+    def __init__(
+        self,
+        name: str,
+        tx_page: memoryview,
+        rx_page: memoryview,
+        grants: GrantAccess,
+        link: Link,
+        notify_tx: Notify,
+        notify_rx: Notify,
+        offloads: Offloads,
+        *,
+        failed: Callable[[str], object],
+        journal: memoryview | None = None,
+        wake: int | None = None,
+    ) -> None:
+        """RingError."""
+        half = JOURNAL_BYTES // 2
+        tx_part, rx_part = (None, None) if journal is None else (journal[:half], journal[half : 2 * half])
+        self.tx = BackRing([tx_page], TX_REQUEST_BYTES, TX_RESPONSE_BYTES, tx_part)
+        self.rx = BackRing([rx_page], RX_REQUEST_BYTES, RX_RESPONSE_BYTES, rx_part)
+        self.connection = NetConnection(self.tx, self.rx, grants, link, notify_tx, notify_rx, offloads)
+        self.thread = DeviceThread(name, self.connection.step, self.connection.interest, failed, wake)
+
+    def stop(self) -> None:
+        """End; the link stays open."""
+        self.thread.stop()
+        self.connection.close()
+        self.tx.release()
+        self.rx.release()

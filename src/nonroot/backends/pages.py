@@ -1,0 +1,147 @@
+"""A domain's memory as a backend process sees it, and the grants in it: the other end of :mod:`nonroot.xen.sharing`.
+
+The process has RAM, the pages that Xen and the guest share, and the table of frames mapped. Entries of the grant table
+are marked and unmarked here, by atomic exchanges; nobody is asked. What the domain's process has to know of writes is
+told through ``tell``: which pages stay mapped, and which have been written, before the guest hears of it.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from nonroot._engine import Memory
+from nonroot.xen.abi import GrantStatus
+from nonroot.xen.backend import GRANT_PAGE, GrantError
+from nonroot.xen.frame_table import shown
+from nonroot.xen.grants import GrantTable
+from nonroot.xen.memory import Page, Place
+
+__all__ = ["GuestPages", "ProcessGrants"]
+
+Tell = Callable[[str, Sequence[int]], None]
+"""(``keep``, ``release`` or ``touch``; frames): returns when the domain's process has done it."""
+MOST_UNSETTLED: Final = 512
+"""Pages written before they are settled at the latest."""
+
+
+class GuestPages:
+    """The mappings. Any thread."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        """``descriptors``: as :meth:`nonroot.xen.sharing.Sharing.descriptors` gives them; they are closed. OSError."""
+        ram, own, frames = descriptors
+        self.memory = Memory()
+        self._own_backing = self.memory.add_backing(own, os.fstat(own).st_size)
+        self._views = {
+            False: memoryview(mmap.mmap(ram, os.fstat(ram).st_size)),
+            True: memoryview(mmap.mmap(own, os.fstat(own).st_size)),
+        }
+        self._words = memoryview(mmap.mmap(frames, os.fstat(frames).st_size, prot=mmap.PROT_READ)).cast("I")
+        for fd in descriptors:
+            os.close(fd)
+
+    def own(self, page: int) -> Page:
+        """One of the pages that Xen and the guest share."""
+        return Place(self._own_backing, page * GRANT_PAGE)
+
+    def page(self, ref: int, gfn: int, write: bool) -> memoryview:
+        """What lies behind a frame. GrantError."""
+        found = shown(self._words[gfn]) if gfn < len(self._words) else None
+        if found is None or (write and not found.writable):
+            raise GrantError(f"grant {ref} names a frame that is no memory", GrantStatus.BAD_PAGE)
+        return self._views[found.own][found.offset : found.offset + GRANT_PAGE]
+
+
+class ProcessGrants:
+    """:class:`nonroot.xen.backend.GrantAccess` for one device's thread; the table is for all devices' threads."""
+
+    def __init__(self, pages: GuestPages, table: GrantTable, tell: Tell, domid: int = 0) -> None:
+        self._pages, self._table, self._tell, self._domid = pages, table, tell, domid
+        self._maps: dict[int, tuple[memoryview, int, bool, int]] = {}
+        self._unsettled: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def map(self, ref: int, readonly: bool = False) -> memoryview:
+        """The granted page. GrantError."""
+        with self._lock:
+            found = self._maps.get(ref)
+            if found is not None and (readonly or not found[2]):
+                self._maps[ref] = (*found[:3], found[3] + 1)
+                return found[0]
+            gfn = self._table.acquire(ref, self._domid, not readonly)
+            try:
+                view = self._pages.page(ref, gfn, not readonly)
+            except GrantError:
+                self._table.release(ref, not readonly)
+                raise
+            if readonly:
+                view = view.toreadonly()
+            else:
+                self._tell("keep", [gfn])
+            self._maps[ref] = view, gfn, readonly, 1
+            return view
+
+    def unmap(self, ref: int) -> None:
+        """Undo one :meth:`map`. GrantError if it is not mapped."""
+        with self._lock:
+            found = self._maps.get(ref)
+            if found is None:
+                raise GrantError(f"grant {ref} is not mapped", GrantStatus.BAD_HANDLE)
+            view, gfn, readonly, count = found
+            if count > 1:
+                self._maps[ref] = view, gfn, readonly, count - 1
+                return
+            del self._maps[ref]
+            if not readonly:
+                self._tell("release", [gfn])
+            self._table.release(ref, not readonly)
+
+    def copy_from(self, ref: int, offset: int, length: int) -> bytes:
+        """Bytes of the granted page. GrantError."""
+        _check(ref, offset, length)
+        gfn = self._table.acquire(ref, self._domid, False)
+        try:
+            return bytes(self._pages.page(ref, gfn, False)[offset : offset + length])
+        finally:
+            self._table.release(ref, False)
+
+    def copy_to(self, ref: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes into the granted page; the grant stays marked until :meth:`settle`. GrantError."""
+        _check(ref, offset, len(data))
+        if len(self._unsettled) >= MOST_UNSETTLED:
+            self.settle()
+        gfn = self._unsettled.get(ref)
+        if gfn is None:
+            gfn = self._table.acquire(ref, self._domid, True)
+            try:
+                page = self._pages.page(ref, gfn, True)
+            except GrantError:
+                self._table.release(ref, True)
+                raise
+            self._unsettled[ref] = gfn
+        else:
+            page = self._pages.page(ref, gfn, True)
+        page[offset : offset + len(data)] = data
+
+    def settle(self) -> None:
+        """The domain's process hears of what was copied."""
+        if not self._unsettled:
+            return
+        written, self._unsettled = self._unsettled, {}
+        self._tell("touch", list(written.values()))
+        for ref in written:
+            self._table.release(ref, True)
+
+    def close(self) -> None:
+        """Give back what is in use."""
+        self.settle()
+        for ref, (_, _, _, count) in list(self._maps.items()):
+            for _ in range(count):
+                self.unmap(ref)
+
+
+def _check(ref: int, offset: int, length: int) -> None:
+    if offset < 0 or length < 0 or offset + length > GRANT_PAGE:
+        raise GrantError(f"grant {ref} has no {length} bytes at {offset}", GrantStatus.BAD_COPY_ARG)
