@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -32,6 +33,9 @@ MOST_PARTS: Final = 64
 """Of one sendmsg."""
 BURST: Final = 64
 """Requests taken between two looks at the answers."""
+
+MAIN_THREADS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH, signal.SIGCHLD)
+"""Signals that wake nobody if the kernel gives them to this thread."""
 
 _UNIQUE: Final = struct.Struct("<Q")
 UNIQUE_AT: Final = 8
@@ -119,6 +123,7 @@ class ShareService:
     # ── the thread ──
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, MAIN_THREADS)
         wake = self._wake
         more = False
         while not self._closing:
