@@ -162,6 +162,8 @@ class ShareService:
     def _take(self) -> bool:
         """Requests out of the queues. VirtqueueError."""
         for queue in self._queues:
+            if not queue.pending():
+                continue  # notifications are on whenever a queue was left empty
             queue.set_notifications(False)
             for _ in range(BURST):
                 if not queue.pending():

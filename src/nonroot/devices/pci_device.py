@@ -239,7 +239,7 @@ class PciDevice(ConfigSpace):
     @property
     def bus_master(self) -> bool:
         """Whether the guest lets the device use the memory."""
-        return bool(self.command & COMMAND_MASTER)
+        return bool(self.data[COMMAND] & COMMAND_MASTER)
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Guest memory; all ones where there is none, and while bus mastering is off."""
