@@ -367,7 +367,9 @@ class DomainZero:
 
     def _lost(self, known: Known) -> None:
         """The process has gone: at its client's end, or by a crash."""
-        if known.ending or known.record is None:
+        if known.ending:
+            return  # who ends it tells those who wait, and which domain takes its place
+        if known.record is None:
             self._drop(known)
             return
         if known.state == "stopped" and not known.acting:
