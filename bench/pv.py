@@ -2,8 +2,9 @@
 
 Both boot the same uncompressed Debian kernel through PVH with the same initramfs and load their drivers. The disk is
 read and written past the guest's page cache, one request after the other, its image in the host's page cache; the
-network is libslirp for both, with a published port to which this machine's end of each transfer connects. Disk times are
-the guest's own CLOCK_MONOTONIC; network times are this machine's. The two take turns. Prints a table, writes JSON.
+network is libslirp for both, with a published port to which this machine's end of each transfer connects. Disk times
+are the guest's own CLOCK_MONOTONIC; network times are this machine's. The two take turns. Prints a table, writes
+JSON.
 
     python -m bench.pv                       five pairs
     python -m bench.pv --pairs 1 --size 64
