@@ -9,11 +9,11 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from nonroot.errors import OutOfMemoryError
 
-__all__ = ["FrameTable", "Run", "Shown", "shown"]
+__all__ = ["OWN", "PRESENT", "SHIFT", "WRITABLE", "FrameTable", "Run"]
 
 LEAST_FRAMES: Final = 1 << 20
 """The first 4 GiB are in every table."""
@@ -22,26 +22,10 @@ WRITABLE: Final = 1 << 1
 OWN: Final = 1 << 2
 """In the backing of pages that Xen and the guest share, not in RAM."""
 SHIFT: Final = 3
+"""The bits above: the page's number in its backing."""
 
 Run = tuple[int, int, int, bool, bool]
 """(first frame, frames, offset in bytes, in the shared pages' backing, writable)."""
-
-
-class Shown(NamedTuple):
-    """What lies behind a frame."""
-
-    own: bool
-    """Whether it is one of the pages that Xen and the guest share."""
-    offset: int
-    """Bytes in the backing."""
-    writable: bool
-
-
-def shown(word: int) -> Shown | None:
-    """A word's meaning; None: no memory."""
-    if not word & PRESENT:
-        return None
-    return Shown(bool(word & OWN), (word >> SHIFT) << 12, bool(word & WRITABLE))
 
 
 def _word(offset: int, own: bool, writable: bool) -> int:
