@@ -7,7 +7,7 @@
 #   make test-all  every test but the soak ones, at most 40 minutes
 #   make matrix    the boot matrix: systems from disk, CD and floppy
 #   make soak      the long loops; can be interrupted and resumed
-#   make bench     the boot, VM exits, work in guests and a disk's reads, side by side with QEMU's software CPU
+#   make bench     the boot, VM exits, work in guests, disks and networks, side by side with QEMU's software CPU
 #   make wheel     one abi3 wheel in dist/
 #   make clean     removes what was built here
 
@@ -85,6 +85,7 @@ bench: $(STAMPS)/dev guests
 	$(PY) -m bench.exits $(BENCH)
 	$(PY) -m bench.work $(BENCH)
 	$(PY) -m bench.disk $(BENCH)
+	$(PY) -m bench.pv $(BENCH)
 
 check: $(STAMPS)/dev
 	$(VENV)/bin/ruff format --check
