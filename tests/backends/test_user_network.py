@@ -156,7 +156,7 @@ def test_the_process_cannot_open_files_or_start_programs() -> None:
     """The confinement itself, in a process of its own."""
     code = """
 import os, socket, subprocess
-from nonroot.backends.confine import NETWORK, PLAIN, confine
+from nonroot.confine import NETWORK, PLAIN, confine
 import sys
 assert confine(NETWORK if sys.argv[1] == "network" else PLAIN, ["/etc/hostname"]) == []
 def refused(what):

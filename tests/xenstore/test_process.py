@@ -285,7 +285,7 @@ def test_files_are_the_users_alone_and_the_process_is_confined(home: Path) -> No
 CONFINED = """
 import ctypes, mmap, os, socket, sys
 from pathlib import Path
-from nonroot.xenstore.confine import confine
+from nonroot.confine import confine_server as confine
 folder = Path(sys.argv[1])
 force = confine(folder)
 def attempt(name, what):

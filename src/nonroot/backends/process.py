@@ -23,7 +23,6 @@ import traceback  # noqa: F401 - what it imports could not be found later
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nonroot.backends.confine import PLAIN, confine
 from nonroot.backends.data_path import JOURNAL_BYTES, CardPath, DiskPath
 from nonroot.backends.handover import image_from
 from nonroot.backends.helper import run_helper
@@ -34,6 +33,7 @@ from nonroot.backends.netback import Offloads
 from nonroot.backends.pages import GuestPages, ProcessGrants
 from nonroot.backends.raw import RawImage
 from nonroot.backends.ring import RingError
+from nonroot.confine import PLAIN, confine
 from nonroot.xen.backend import GrantError
 from nonroot.xen.grants import GrantTable
 

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from nonroot.backends import fuse_abi as fuse
-from nonroot.backends.confine import FOLDER_READER, FOLDER_WRITER, PLAIN, confine
 from nonroot.backends.fuse_abi import Init, Opcode, Set
 from nonroot.backends.helper import run_helper
 from nonroot.backends.share_nodes import Node, Nodes, check_name
+from nonroot.confine import FOLDER_READER, FOLDER_WRITER, PLAIN, confine
 from nonroot.errors import BadFileError
 
 __all__ = ["LONGEST_REQUEST", "MOST_DATA", "FolderServer", "serve"]

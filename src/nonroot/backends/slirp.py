@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nonroot.backends.confine import NETWORK, confine
 from nonroot.backends.frame import Merger, complete
 from nonroot.backends.helper import Helper, run_helper, start_helper
 from nonroot.backends.link import Link, LinkClosedError, link_pair
 from nonroot.backends.slirp_library import SlirpStack, load
+from nonroot.confine import NETWORK, confine
 from nonroot.errors import BadOptionError
 
 __all__ = ["Forward", "UserNetwork", "serve", "start_user_network"]

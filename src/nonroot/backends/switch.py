@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from nonroot.backends.confine import FLOCK, PLAIN, confine
 from nonroot.backends.frame import Frame, FrameError
 from nonroot.backends.helper import run_helper, start_helper
 from nonroot.backends.link import Link, LinkClosedError
+from nonroot.confine import FLOCK, PLAIN, confine
 from nonroot.errors import BadOptionError, TransientError
 
 __all__ = ["Switch", "join_network"]

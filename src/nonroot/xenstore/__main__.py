@@ -6,10 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from nonroot.confine import confine_server
 from nonroot.domain import host
 from nonroot.errors import NonrootError
 from nonroot.xenstore import place
-from nonroot.xenstore.confine import confine
 from nonroot.xenstore.daemon import Busy, Server, install_signals
 
 __all__ = ["main"]
@@ -39,7 +39,7 @@ def main() -> None:
     server.sign()
     install_signals(server)
     host.name_process("nr-xenstored")
-    force = confine(folder)
+    force = confine_server(folder)
     print(f"nonroot-xenstored {os.getpid()}: serving, confined by {', '.join(force) or 'nothing'}", file=sys.stderr)
     sys.stderr.flush()
     os.write(say_ready, b"!")

@@ -1,8 +1,12 @@
-"""Takes away from a helper process of ours what it does not need: new programs, files, signals to others, privileges.
+"""Takes away from a process of ours what it does not need: new programs, files, signals to others, privileges.
 
-Three layers, each of which works without privileges: limits, Landlock (no file can be opened but a few for reading),
-and a seccomp filter (only named system calls; the rest fail with EPERM). A layer that the kernel or a container's own
-filter refuses is left out and named in the report, because the helper is of use without it.
+Three layers, each of which works without privileges: limits, Landlock, and a seccomp filter. A layer that the kernel or
+a container's own filter refuses is left out and named in the report, because the process is of use without it.
+
+:func:`confine` is for helpers, which work with the descriptors that they have: no file can be opened but a few for
+reading, and only named system calls are allowed; the rest fail with EPERM. :func:`confine_server` is for XenStore's
+process, which has files in a folder of its own and takes connections: the filter names what is refused, on x86-64 and
+aarch64.
 
 Sources: landlock(7), seccomp(2), Linux's uapi headers.
 """
@@ -12,10 +16,12 @@ import os
 import platform
 import resource
 import struct
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
-__all__ = ["FLOCK", "FOLDER_READER", "FOLDER_WRITER", "NETWORK", "PLAIN", "confine"]
+__all__ = ["FLOCK", "FOLDER_READER", "FOLDER_WRITER", "NETWORK", "PLAIN", "confine", "confine_server"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,7 +44,7 @@ LANDLOCK_TRUNCATE: Final = 1 << 14
 """From version 3 on."""
 LANDLOCK_CREATE_RULESET_VERSION: Final = 1
 
-SECCOMP: Final = 317
+SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
 SECCOMP_SET_MODE_FILTER: Final = 1
 RET_ALLOW: Final = 0x7FFF0000
 RET_EPERM: Final = 0x00050000 | 1
@@ -113,14 +119,19 @@ def confine(
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = used + memory if hard == resource.RLIM_INFINITY else min(used + memory, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+    if not _no_new_privileges():
         return ["privileges cannot be given up"]
     if reason := _landlock(readable, folder, writes_files):
         missing.append(f"files stay reachable: {reason}")
     if reason := _seccomp(calls, threads):
         missing.append(f"system calls are not filtered: {reason}")
     return missing
+
+
+def _no_new_privileges() -> bool:
+    """Nobody of the user's may look into this process, and no program that it started would have more rights."""
+    _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    return not _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def _landlock(readable: Iterable[str], folder: int | None, changes: bool) -> str | None:
@@ -184,9 +195,125 @@ def _seccomp(calls: frozenset[int], threads: bool) -> str | None:
             instruction(give, RET_ALLOW),
         ]
     program.append(instruction(give, RET_EPERM))
-    code = b"".join(program)
+    return _install(b"".join(program))
+
+
+def _install(code: bytes) -> str | None:
+    """Have the kernel run a filter from now on. Why it does not, as half a sentence."""
     buffer = ctypes.create_string_buffer(code, len(code))
-    head = ctypes.create_string_buffer(_SOCK_FPROG.pack(len(program), ctypes.addressof(buffer)))
-    if _libc.syscall(SECCOMP, SECCOMP_SET_MODE_FILTER, 0, head):
+    head = ctypes.create_string_buffer(_SOCK_FPROG.pack(len(code) // 8, ctypes.addressof(buffer)))
+    if _libc.syscall(SECCOMP[platform.machine()], SECCOMP_SET_MODE_FILTER, 0, head):
         return f"seccomp: {os.strerror(ctypes.get_errno())}"
     return None
+
+
+# ── XenStore's process ──
+
+_SERVER_RIGHTS: Final = sum(1 << bit for bit in (1, 2, 3, 5, 8, 9, 14))
+"""Write, read and truncate files, read folders, remove and make files, make sockets."""
+_FS_BITS: Final = {1: 13, 2: 14, 3: 15, 4: 15}
+"""Rights on files by version of Landlock; later versions have 16."""
+
+_KILL: Final = 0x8000_0000
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
+_PROT_EXEC: Final = 4
+
+# Common to all architectures: io_uring, new mounts, pidfd, clone3, signals by pidfd.
+_NEW: Final = (*range(424, 436), 438, 442)
+_REFUSED: Final = {
+    # clone fork vfork execve kill ptrace connect socketpair mount umount2 pivot_root chroot setns unshare bpf
+    # perf_event_open add_key request_key keyctl init_module finit_module delete_module kexec_load kexec_file_load
+    # process_vm_readv process_vm_writev open_by_handle_at userfaultfd execveat rt_sigqueueinfo rt_tgsigqueueinfo
+    # personality
+    "x86_64": (
+        *(56, 57, 58, 59, 62, 101, 42, 53, 165, 166, 155, 161, 308, 272, 321),
+        *(298, 248, 249, 250, 175, 313, 176, 246, 320),
+        *(310, 311, 304, 323, 322, 129, 297, 135),
+    ),
+    "aarch64": (
+        *(220, 221, 129, 117, 203, 199, 40, 39, 41, 51, 268, 97, 280),
+        *(241, 217, 218, 219, 105, 273, 106, 104, 294),
+        *(270, 271, 265, 282, 281, 138, 240, 92),
+    ),
+}
+_SOCKET: Final = {"x86_64": 41, "aarch64": 198}
+_MMAP: Final = {"x86_64": 9, "aarch64": 222}
+_MPROTECT: Final = {"x86_64": 10, "aarch64": 226}
+_PKEY_MPROTECT: Final = {"x86_64": 329, "aarch64": 288}
+_AUDIT: Final = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
+
+
+def confine_server(folder: Path) -> list[str]:
+    """Give it all up, for good; only files in ``folder`` stay in reach. Returns what is in force, by name."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if not _no_new_privileges():
+        return []
+    found = ["no-new-privileges"]
+    if _landlock_server(folder):
+        found.append("landlock")
+    if _seccomp_server():
+        found.append("seccomp")
+    return found
+
+
+def _landlock_server(folder: Path) -> bool:
+    version = _libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    if version < 1:
+        return False
+    rights = (1 << _FS_BITS.get(version, 16)) - 1
+    attributes = struct.pack("<Q", rights)
+    if version >= 4:
+        attributes += struct.pack("<Q", 3)  # TCP: bind, connect
+    if version >= 6:
+        attributes += struct.pack("<Q", 3)  # abstract Unix sockets, signals
+    ruleset = _libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
+    if ruleset < 0:
+        return False
+    inside = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        rule = struct.pack("<Qi", _SERVER_RIGHTS & rights, inside)
+        if _libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, ctypes.c_uint(0)) != 0:
+            return False
+        return int(_libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, ctypes.c_uint(0))) == 0
+    finally:
+        os.close(inside)
+        os.close(ruleset)
+
+
+def _program(machine: str) -> list[tuple[int, int, int, int]]:
+    """The filter: (code, skip if true, skip if false, operand) each."""
+    program = [
+        (_LOAD, 0, 0, _ARCHITECTURE_AT),
+        (_JUMP_EQUAL, 1, 0, _AUDIT[machine]),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NUMBER_AT),
+    ]
+    if machine == "x86_64":  # numbers of the x32 ABI
+        program += [(_JUMP_AT_LEAST, 0, 1, 0x4000_0000), (_RETURN, 0, 0, RET_EPERM)]
+    for number in (*_REFUSED[machine], *_NEW):
+        program += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, RET_EPERM)]
+    program += [  # socket: AF_UNIX only
+        (_JUMP_EQUAL, 0, 4, _SOCKET[machine]),
+        (_LOAD, 0, 0, _ARGUMENTS_AT),
+        (_JUMP_EQUAL, 1, 0, 1),
+        (_RETURN, 0, 0, RET_EPERM),
+        (_LOAD, 0, 0, _NUMBER_AT),
+    ]
+    for number in (_MMAP[machine], _MPROTECT[machine], _PKEY_MPROTECT[machine]):
+        program += [  # the third argument has the protection
+            (_JUMP_EQUAL, 0, 4, number),
+            (_LOAD, 0, 0, _ARGUMENTS_AT + 2 * 8),
+            (_JUMP_BITS, 0, 1, _PROT_EXEC),
+            (_RETURN, 0, 0, RET_EPERM),
+            (_LOAD, 0, 0, _NUMBER_AT),
+        ]
+    program.append((_RETURN, 0, 0, RET_ALLOW))
+    return program
+
+
+def _seccomp_server() -> bool:
+    machine = os.uname().machine
+    if machine not in _AUDIT or sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    return _install(b"".join(struct.pack("=HBBI", *instruction) for instruction in _program(machine))) is None
