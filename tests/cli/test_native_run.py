@@ -214,6 +214,13 @@ def test_a_command_that_dies_of_the_signal(native_command: list[str], native_env
     assert process.returncode == 130
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return int(caught.split()[1], 16) >> (number - 1) & 1 != 0
+
+
 def test_a_signal_during_the_boot(native_command: list[str], native_environment: dict[str, str]) -> None:
     process = subprocess.Popen(
         [*native_command, "--append", "test.program=/bin/cat", "--", "true"],
@@ -221,7 +228,10 @@ def test_a_signal_during_the_boot(native_command: list[str], native_environment:
         stderr=subprocess.PIPE,
         env=native_environment,
     )
-    time.sleep(1.5)
+    deadline = time.monotonic() + 20
+    while not catches(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)  # somewhere in the boot
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (143, b"")
