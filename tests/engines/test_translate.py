@@ -56,7 +56,10 @@ class TestLockstep(EngineContract):
         return LockstepEngine()
 
 
-@pytest.mark.parametrize("off", [*([name] for name in TRANSLATOR), TRANSLATOR, ["tlb"]], ids="+".join, scope="class")
+ALL_OFF = [*(pytest.param([name], marks=pytest.mark.slow) for name in TRANSLATOR), TRANSLATOR, ["tlb"]]
+
+
+@pytest.mark.parametrize("off", ALL_OFF, ids="+".join, scope="class")
 class TestOptimisationsOff(EngineContract):
     @pytest.fixture(autouse=True)
     def _switch_off(self, off: list[str]) -> None:

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 from nonroot.toolstack.config import read_config
 from nonroot.toolstack.disks import DiskSpec, parse_disk, vdev_number
+from nonroot.xen.config import LAST_DOMID
 
 
 def test_a_pvh_guest(tmp_path: Path) -> None:
@@ -69,7 +71,12 @@ def test_unknown_settings_are_named() -> None:
         (["name=x", "kernel=[1]"], "kernel must be a string"),
         (["name=x", "disk=[1]"], "disk must be a list of strings"),
         (["name=x", "memory=64", "maxmem=32"], "maxmem (32) is less than memory (64)"),
-        (["name=x", "vif=['bridge=xenbr0']"], "vif: nonroot's guests have no network yet"),
+        (["name=x", "vif=['type=ioemu,model=e1000']"], "nonroot emulates no network cards"),
+        (["name=x", "vif=['bridge=lan']", "nonroot_xen=0"], "Xen's need nonroot_xen=1"),
+        (["name=x", "type=hvm", "vif=['']"], "Xen's need nonroot_xen=1"),
+        (["name=x", "vif=['rate=1Mb/s']"], "'rate' is not supported"),
+        (["name=x", "vif=['bridge=user']"], "cannot be named user"),
+        (["name=x", "vif=['mac=1']"], "'1' is no"),
         (["name=x", "vcpus=2"], "one vCPU"),
         (["name=x", "on_crash=coredump-restart"], "on_crash: nonroot has no coredump-restart yet"),
         (["name=x", "on_crash=explode"], "there is no action 'explode'"),
@@ -132,3 +139,32 @@ def test_names_of_disks() -> None:
 def test_no_disk_does_harm(text: str) -> None:
     with contextlib.suppress(BadOptionError, UnsupportedError):
         parse_disk(text, Path("/"))
+
+
+def test_networks_and_disks_of_xen(tmp_path: Path) -> None:
+    config = read_config(
+        None, ["name=x", "vif=['', 'bridge=lan,mac=00:16:3e:01:02:03']", "nonroot_publish=['8080:80']"]
+    )
+    assert config.options.xen is True
+    assert config.options.networks == ["user", "lan,mac=00:16:3e:01:02:03"]
+    assert config.options.publish == ["8080:80"]
+    kernel = tmp_path / "kernel"
+    disks = "disk=['/a,raw,xvda,w', '/b,qcow2,hdb,r']"
+    config = read_config(None, ["name=x", f"kernel={kernel}", "nonroot_xen=1", disks])
+    assert config.options.disks == ["/a,format=raw,xvda", "/b,format=qcow2,ro,ide"]
+    config = read_config(None, ["name=x", f"kernel={kernel}", disks])
+    assert config.options.xen is False
+    assert config.options.disks == ["/a,format=raw", "/b,format=qcow2,ro"]
+
+
+def test_numbers_of_domains_grow_and_begin_anew(folder: Path) -> None:
+    numbers = [registry.allocate_domid() for _ in range(3)]
+    assert numbers == [numbers[0] + n for n in range(3)]
+    (folder / "next-domid").write_text(f"{LAST_DOMID}\n")
+    assert registry.allocate_domid() == LAST_DOMID
+    assert registry.allocate_domid([1, 2]) == 3
+    registration = registry.Registration("one", domid=4)
+    assert registry.allocate_domid() == 5
+    registration.close()
+    (folder / "next-domid").write_text("nonsense")
+    assert registry.allocate_domid() == 1

@@ -79,8 +79,10 @@ def test_life_of_two_domains(nonroot: Run, tiny: str, folder: Path, tmp_path: Pa
     # What cannot be done yet is said of domains that there are.
     assert "balloon driver" in nonroot("mem-set", "beta", "8m").err
     assert nonroot("mem-set", "beta", str(16 << 10)).status == 0
-    assert "paravirtual disks" in nonroot("block-attach", "beta", "/x,raw,xvdb,w").err
-    assert "no network yet" in nonroot("network-attach", "beta").err
+    assert "not started as a Xen domain" in nonroot("block-attach", "beta", "/x,raw,xvdb,w").err
+    assert "not started as a Xen domain" in nonroot("network-attach", "beta").err
+    assert "has no network interface '0'" in nonroot("network-detach", "beta", "0").err
+    assert nonroot("network-list", "--json", "beta").json == []
     assert "there are: beta, gamma" in nonroot("pause", "delta").err.replace("gamma, beta", "beta, gamma")
     # Looking.
     assert nonroot("uptime", "beta").out.splitlines()[1].split()[0] == "beta"

@@ -9,7 +9,7 @@ import click
 
 from nonroot.errors import NotRunningError, UnsupportedError
 
-__all__ = ["act", "find", "print_json", "print_table", "refuse"]
+__all__ = ["act", "ask", "find", "print_json", "print_table", "refuse"]
 
 
 def print_json(record: object, indent: int | None = None) -> None:
@@ -55,6 +55,18 @@ def act(method: str, domain: str, as_json: bool, **params: Any) -> int:
     if as_json:
         print_json({"domain": domain, "done": method} | result)
     return 0
+
+
+def ask(domain: str, method: str, **params: Any) -> dict[str, Any]:
+    """One request to a domain's own process; its answer. NotRunningError, and what the process says."""
+    from nonroot.domain.client import DomainClient
+
+    found, client = find(domain), DomainClient()
+    try:
+        client.connect(found["socket"])
+        return client.request(method, 60, **params)
+    finally:
+        client.close()
 
 
 def refuse(domain: str, reason: str) -> int:

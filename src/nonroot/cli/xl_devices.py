@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from nonroot.cli.display import domain_argument, json_option
-from nonroot.cli.xl_common import act, find, print_json, print_table, refuse
-from nonroot.errors import BadOptionError
+from nonroot.cli.xl_common import act, ask, find, print_json, print_table
+from nonroot.errors import BadOptionError, NotRunningError
 
 __all__ = [
     "block_attach",
@@ -19,46 +19,60 @@ __all__ = [
     "network_list",
 ]
 
-NO_HOTPLUG = "disks cannot be added or taken away while it runs: that needs paravirtual disks, which nonroot lacks yet"
-NO_NETWORK = "nonroot's guests have no network yet"
-
 
 @click.command("block-list", short_help="List a domain's disks.", epilog="\b\nExample:\n  nonroot block-list web")
 @json_option
 @domain_argument
 def block_list(domain: str, as_json: bool) -> int:
-    """List DOMAIN's disks and CD-ROM drives, and the images in them. All are emulated: no rings, no event channels."""
-    found = find(domain)
-    disks = found.get("disks", [])
+    """List DOMAIN's disks and CD-ROM drives, and the images in them. Those with a state are Xen's."""
+    disks = list(find(domain).get("disks", []))
+    for one in ask(domain, "block-list")["disks"]:
+        disk = {"vdev": one["vdev"], "target": one["image"], "format": one["format"], "cdrom": one["cdrom"]}
+        disks.append(
+            disk | {"access": "r" if one["read_only"] else "w", "state": one["state"], "backend": one["backend"]}
+        )
     if as_json:
         print_json(disks)
         return 0
-    rows = [("Vdev", "BE", "Type", "Access", "Format", "Target")]
+    rows = [("Vdev", "BE", "Type", "Access", "State", "Format", "Target")]
     for disk in disks:
         kind = "cdrom" if disk["cdrom"] else "disk"
-        rows.append((disk["vdev"], "0", kind, disk["access"], disk["format"], disk["target"] or "(empty)"))
+        target = disk["target"] or "(empty)"
+        rows.append((disk["vdev"], "0", kind, disk["access"], disk.get("state", "-"), disk["format"], target))
     print_table(rows)
     return 0
 
 
-@click.command("block-attach", short_help="Add a disk to a domain.", epilog="\b\nNot possible yet; it says why.")
+@click.command(
+    "block-attach",
+    short_help="Add a disk to a domain.",
+    epilog="\b\nExample:\n  nonroot block-attach web format=qcow2,vdev=xvdb,access=w,target=data.qcow2",
+)
+@json_option
 @domain_argument
 @click.argument("disk", metavar="DISK-SPEC", nargs=-1, required=True)
-def block_attach(domain: str, disk: tuple[str, ...]) -> int:
-    """Add a disk (format=raw,vdev=xvdb,target=…) to DOMAIN while it runs."""
+def block_attach(domain: str, disk: tuple[str, ...], as_json: bool) -> int:
+    """Add a disk (format=raw,vdev=xvdb,target=…) to DOMAIN while it runs. It has to be a Xen domain."""
     from nonroot.toolstack.disks import parse_disk
 
-    parse_disk(",".join(disk), Path.cwd())
-    return refuse(domain, NO_HOTPLUG)
+    spec = parse_disk(",".join(disk), Path.cwd())
+    if spec.is_cd and not spec.target:
+        raise BadOptionError("name the image")
+    done = ask(domain, "block-attach", drive=spec.drive(), vdev=spec.vdev, cdrom=spec.is_cd)
+    if as_json:
+        print_json(done)
+    return 0
 
 
-@click.command("block-detach", short_help="Take a disk from a domain.", epilog="\b\nNot possible yet; it says why.")
-@click.option("--force", is_flag=True, help="Without asking the guest.")
+@click.command(
+    "block-detach", short_help="Take a disk from a domain.", epilog="\b\nExample:\n  nonroot block-detach web xvdb"
+)
 @domain_argument
 @click.argument("vdev", metavar="VDEV")
-def block_detach(force: bool, domain: str, vdev: str) -> int:
-    """Take the disk VDEV from DOMAIN while it runs."""
-    return refuse(domain, NO_HOTPLUG)
+def block_detach(domain: str, vdev: str) -> int:
+    """Ask DOMAIN's guest to let go of the disk VDEV; it is gone when the guest has."""
+    ask(domain, "block-detach", vdev=vdev)
+    return 0
 
 
 @click.command(
@@ -102,30 +116,47 @@ def cd_eject(force: bool, domain: str, vdev: str, as_json: bool) -> int:
 @json_option
 @domain_argument
 def network_list(domain: str, as_json: bool) -> int:
-    """List DOMAIN's network interfaces: none, yet."""
-    find(domain)
+    """List DOMAIN's network interfaces."""
+    cards = ask(domain, "network-list")["networks"]
     if as_json:
-        print_json([])
-    else:
-        print_table([("Idx", "BE", "Mac Addr.", "handle", "state", "evt-ch", "tx-/rx-ring-ref", "BE-path")])
+        print_json(cards)
+        return 0
+    rows = [("Idx", "BE", "Mac Addr.", "State", "Network", "BE-path")]
+    rows += [(str(one["index"]), "0", one["mac"], one["state"], one["network"], one["backend"]) for one in cards]
+    print_table(rows)
     return 0
 
 
 @click.command(
-    "network-attach", short_help="Add a network interface to a domain.", epilog="\b\nNot possible yet; it says why."
+    "network-attach",
+    short_help="Add a network interface to a domain.",
+    epilog="\b\nExamples:\n  nonroot network-attach web\n  nonroot network-attach web bridge=lan mac=00:16:3e:12:34:56",
 )
+@json_option
 @domain_argument
 @click.argument("vif", metavar="[VIF-SPEC]", nargs=-1)
-def network_attach(domain: str, vif: tuple[str, ...]) -> int:
-    """Add a network interface to DOMAIN while it runs."""
-    return refuse(domain, NO_NETWORK)
+def network_attach(domain: str, vif: tuple[str, ...], as_json: bool) -> int:
+    """Add a network interface to DOMAIN while it runs. bridge= names a private network; without it: the user's."""
+    from nonroot.toolstack.vifs import parse_vif
+
+    done = ask(domain, "network-attach", network=parse_vif(",".join(vif)), mac=None, publish=[], index=None)
+    if as_json:
+        print_json(done)
+    return 0
 
 
 @click.command(
-    "network-detach", short_help="Take a network interface away.", epilog="\b\nNot possible yet; it says why."
+    "network-detach",
+    short_help="Take a network interface away.",
+    epilog="\b\nExample:\n  nonroot network-detach web 0",
 )
 @domain_argument
 @click.argument("device", metavar="DEVID|MAC")
 def network_detach(domain: str, device: str) -> int:
-    """Take a network interface from DOMAIN while it runs."""
-    return refuse(domain, NO_NETWORK)
+    """Ask DOMAIN's guest to let go of a network interface; it is gone when the guest has."""
+    cards = ask(domain, "network-list")["networks"]
+    index = next((one["index"] for one in cards if device.lower() in (str(one["index"]), one["mac"].lower())), None)
+    if index is None:
+        raise NotRunningError(f"{domain[:60]} has no network interface {device[:40]!r}")
+    ask(domain, "network-detach", index=index)
+    return 0

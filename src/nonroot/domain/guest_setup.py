@@ -151,8 +151,9 @@ class GuestSetup:
         return archive.finish()
 
     def _drivers(self) -> list[str]:
-        disks = ["xen-blkfront"] if self.disks else []
-        return [*disks, *(["xen-netfront"] if self.networks else []), *self.more_modules]
+        # Both, if there is one: a disk may be attached later to a guest that has only cards, and the other way round.
+        both = ["xen-blkfront", "xen-netfront"] if self.disks or self.networks else []
+        return [*both, *self.more_modules]
 
     def script(self) -> str:
         """The shell's."""
@@ -171,6 +172,9 @@ class GuestSetup:
                 )
             ]
             lines += _if("driver vif xen-netfront", cards)
+        later = {"xen-blkfront": self.disks, "xen-netfront": self.networks}
+        if any(later.values()):
+            lines += [f"modprobe {name} 2>/dev/null" for name, now in later.items() if not now]
         return "\n".join([*lines, *self.more_lines, ""])
 
 

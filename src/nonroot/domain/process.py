@@ -202,6 +202,8 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
         self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())
         self._options, self._runner = options, runner
+        if self._registration is not None:
+            self._registration.describe(**self._registration.facts | self._own_facts())
         self._display = DisplayService(runner.seat, runner.call)
         if options.agent:
             self._session = AgentSession(runner, eager=options.virtual_time)
@@ -210,6 +212,10 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         self._messages.say(f"boot protocol {description.get('protocol')}: {description.get('protocol_reason')}")
         self._messages.say(f"{options.memory >> 20} MiB of memory, 1 vCPU")
         return description
+
+    def _own_facts(self) -> dict[str, Any]:
+        xen = getattr(self._runner, "xen", None)
+        return {} if xen is None else {"domid": xen.domid}
 
     def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._began = time.monotonic()

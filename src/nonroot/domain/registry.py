@@ -16,11 +16,13 @@ import socket
 import stat
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nonroot.errors import BadOptionError, NotRunningError, TransientError
+from nonroot.xen.config import LAST_DOMID
 
 __all__ = ["Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
 
@@ -74,6 +76,30 @@ def runtime_dir() -> Path:
                 return folder
     tried = " and ".join(str(folder) for folder in candidates)
     raise TransientError(f"there is no private folder for running domains: tried {tried}")
+
+
+def allocate_domid(taken: Iterable[int] = ()) -> int:
+    """
+    A number for a domain, that none of the user's running domains has, nor any in ``taken``.
+
+    Numbers grow, and begin anew after :data:`LAST_DOMID`. TransientError.
+    """
+    used = {entry.facts.get("domid") for entry in entries()} | set(taken)
+    with (runtime_dir() / "next-domid").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read(20).strip()
+        number = int(text) if text.isdigit() else 1
+        for _ in range(LAST_DOMID):
+            number = number if 1 <= number <= LAST_DOMID else 1
+            if number not in used:
+                break
+            number += 1
+        else:
+            raise TransientError("there are no numbers left for another domain")
+        file.truncate(0)
+        file.write(f"{number + 1}\n")
+    return number
 
 
 class Registration:

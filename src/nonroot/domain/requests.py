@@ -50,6 +50,10 @@ class DisplayRequests:
             raise NotRunningError("the domain has not been created yet")
         return self._display
 
+    def _own_facts(self) -> dict[str, Any]:
+        """What the list of running domains says of this one besides what its client says."""
+        return {}
+
     def _do_register(
         self, connection: "Connection", request: int, params: dict[str, Any], blob: bytes
     ) -> dict[str, Any]:
@@ -57,7 +61,7 @@ class DisplayRequests:
         if not (name is None or isinstance(name, str)) or not isinstance(facts, dict):
             raise BadOptionError("a domain's name is text")
         if self._registration is None:
-            self._registration = Registration(name, **facts)
+            self._registration = Registration(name, **self._own_facts() | facts)
             self._listen(self._registration.listen())
         return {"name": self._registration.name, "socket": os.fspath(self._registration.socket_path)}
 

@@ -31,6 +31,7 @@ from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, wit
 from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
+from nonroot.domain.registry import allocate_domid
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
@@ -483,7 +484,8 @@ def xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
     from nonroot.xenstore.client import XenStore
 
     try:
-        return XenServices(XenStore(), options.memory, options.name or None, options.domid), "it can be had"
+        domid = options.domid or allocate_domid()
+        return XenServices(XenStore(), options.memory, options.name or None, domid), "it can be had"
     except NonrootError as error:
         if options.xen:
             raise

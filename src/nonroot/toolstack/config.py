@@ -12,6 +12,7 @@ from nonroot.domain.registry import check_name
 from nonroot.domain.viewers import parse_address
 from nonroot.errors import BadFileError, BadOptionError, UnsupportedError
 from nonroot.toolstack.disks import DiskSpec, parse_disk, vdev_number
+from nonroot.toolstack.vifs import parse_vif
 from nonroot.toolstack.xlcfg import MAX_TEXT, Value, parse
 
 __all__ = ["ACTIONS", "Config", "Policy", "fetch_software", "read_config"]
@@ -35,7 +36,6 @@ WITHOUT_EFFECT: Final = frozenset(
 """Settings that a Xen of hardware has use for and this one has not; a warning says so."""
 
 NOT_YET: Final = {
-    "vif": "nonroot's guests have no network yet; leave vif out, or say vif=[]",
     "bootloader": "nonroot does not run bootloaders such as pygrub; use type='hvm', or kernel and ramdisk",
     "pci": "nonroot passes no PCI devices through",
     "usbdev": "nonroot has no USB controllers",
@@ -259,6 +259,12 @@ class _Interpreter:
             raise BadOptionError("a domain of type 'pvh' needs its kernel; disks alone boot with type='hvm'")
         if config.default_guest and ramdisk:
             raise BadOptionError("a ramdisk needs its kernel")
+        networks = [parse_vif(text) for text in self._texts("vif")]
+        xen = self._all.get("nonroot_xen") is not None and bool(self._number("nonroot_xen", 0))
+        if networks and not xen:
+            if firmware is not None or self._all.get("nonroot_xen") is not None:
+                raise UnsupportedError("vif: nonroot emulates no network cards, and Xen's need nonroot_xen=1")
+            xen = True
         return DomainOptions(
             kernel=kernel,
             initrd=ramdisk,
@@ -269,11 +275,13 @@ class _Interpreter:
             engine=self._text("nonroot_engine") or "auto",
             protocol="pvh" if config.kind == "pvh" and kernel is not None else "auto",
             boot=boot,
-            disks=[disk.drive() for disk in config.disks if not disk.is_cd],
+            disks=[_drive(disk, xen and firmware is None) for disk in config.disks if not disk.is_cd],
             cdroms=[disk.drive() for disk in cds],
             reboot=config.policy.on_reboot == "restart",
             display=config.kind == "hvm" or bool(self._all.get("vnc")),
-            xen=bool(self._number("nonroot_xen", 0)),
+            xen=xen,
+            networks=networks,
+            publish=self._texts("nonroot_publish"),
         )
 
     def _firmware(self, kind: str, kernel: str | None, bios: str) -> str | None:
@@ -342,6 +350,13 @@ class _Interpreter:
         for name in unknown:
             near = difflib.get_close_matches(name, known, 1)
             self._warnings.append(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _drive(disk: DiskSpec, has_xen: bool) -> str:
+    """A disk as :class:`DomainOptions` wants it: its name says whether it is Xen's, where the guest has those."""
+    if not has_xen:
+        return disk.drive()
+    return f"{disk.drive()},{disk.vdev if disk.vdev.startswith('xvd') else 'ide'}"
 
 
 def _nameless() -> str:

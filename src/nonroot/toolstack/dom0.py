@@ -86,8 +86,10 @@ class DomainZero:
         facts = entry.facts
         domid, uuid = facts.get("domid"), facts.get("uuid")
         fresh = not isinstance(domid, int) or not isinstance(uuid, str) or domid in self._known
+        if not isinstance(domid, int) or domid in self._known:
+            domid = registry.allocate_domid(self._known)
         if fresh:
-            domid, uuid = table.allocate_domid(set(self._known)), str(uuids.uuid4())
+            uuid = str(uuids.uuid4())
         assert isinstance(domid, int)
         assert isinstance(uuid, str)
         known = self._make(entry.name, domid, uuid)
@@ -293,7 +295,7 @@ class DomainZero:
         if any(known.uuid == uuid for known in self._known.values()):
             raise BadOptionError(f"a domain with the UUID {uuid} is running already")
         self._reserved.add(name)
-        known = self._make(name, table.allocate_domid(set(self._known)), uuid)
+        known = self._make(name, registry.allocate_domid(self._known), uuid)
         try:
             with (place.logs_folder() / f"{name}.process").open("wb") as output:
                 await known.link.spawn(output)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -16,10 +15,8 @@ from nonroot.domain import registry
 from nonroot.toolstack import place
 from nonroot.toolstack.link import Link
 
-__all__ = ["Known", "allocate_domid", "forget_record", "load_record", "save_record", "stray_records"]
+__all__ = ["Known", "forget_record", "load_record", "save_record", "stray_records"]
 
-LAST_DOMID: Final = 0x7FEF
-"""Xen's numbers beyond it have meanings of their own."""
 CRASHES: Final = frozenset(("panic", "triple_fault", "halted", "failure", "internal", "lost"))
 """Reasons of a stop that on_crash is for."""
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -105,23 +102,6 @@ def busy(pid: int) -> bool:
                 if (path / "stat").read_text().rpartition(")")[2].split()[0] == "R":
                     return True
     return False
-
-
-def allocate_domid(taken: set[int]) -> int:
-    """The next number that no domain has; numbers begin anew after :data:`LAST_DOMID`."""
-    with (place.folder() / "next-domid").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read(20).strip()
-        number = int(text) if text.isdigit() else 1
-        while True:
-            number = number if 1 <= number <= LAST_DOMID else 1
-            if number not in taken:
-                break
-            number += 1
-        file.truncate(0)
-        file.write(f"{number + 1}\n")
-    return number
 
 
 def _path(uuid: str) -> Path:

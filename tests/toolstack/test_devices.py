@@ -1,0 +1,34 @@
+"""Disks and network cards that come and go while Debian's kernel runs, by the toolstack's verbs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.needed import need
+from tests.toolstack.conftest import Run, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.guest]
+
+
+def test_disks_and_networks_come_and_go(nonroot: Run, tmp_path: Path) -> None:
+    need("cloud-amd64")
+    image = tmp_path / "data.img"
+    image.write_bytes(bytes(8 << 20))
+    assert nonroot("create", "name=net", "memory=128", "vif=['bridge=lan']").status == 0
+    first = until(lambda: [one for one in nonroot("network-list", "--json", "net").json if one["state"] == "connected"])
+    assert [(one["index"], one["network"]) for one in first] == [(0, "lan")]
+    assert "lan" in nonroot("network-list", "net").out
+    assert nonroot("block-attach", "net", f"{image},raw,xvdb,w").status == 0
+    assert "there is a disk xvdb already" in nonroot("block-attach", "net", f"{image},raw,xvdb,w").err
+    disks = until(lambda: [one for one in nonroot("block-list", "--json", "net").json if one["state"] == "connected"])
+    assert [(one["vdev"], one["target"], one["access"]) for one in disks] == [("xvdb", str(image), "w")]
+    assert nonroot("block-detach", "net", "xvdb").status == 0
+    until(lambda: not nonroot("block-list", "--json", "net").json)
+    mac = "00:16:3e:01:02:03"
+    assert nonroot("network-attach", "net", f"mac={mac}", "bridge=lan").status == 0
+    until(lambda: [one["state"] for one in nonroot("network-list", "--json", "net").json] == ["connected"] * 2)
+    assert nonroot("network-detach", "net", mac).status == 0
+    until(lambda: [one["index"] for one in nonroot("network-list", "--json", "net").json] == [0])
+    number = nonroot("domid", "net").out.strip()
+    assert nonroot("shutdown", "-w", "--timeout", "60", "net").status == 0
+    assert int(number) > 0
