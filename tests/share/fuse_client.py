@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nonroot.backends import fuse_abi as fuse
@@ -102,8 +103,9 @@ def entry(data: bytes) -> tuple[int, Attributes]:
     return int(fuse.ENTRY_OUT.unpack_from(data)[0]), Attributes(data[40:])
 
 
-def local(folder: Path, read_only: bool = False, most_files: int = 1024) -> tuple[Client, FolderServer]:
-    """A server in this process, not confined."""
+@contextlib.contextmanager
+def local(folder: Path, read_only: bool = False, most_files: int = 1024) -> Iterator[tuple[Client, FolderServer]]:
+    """A server in this process, not confined; with the context everything that it opened is closed."""
     root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     links = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
     server = FolderServer(root, links, read_only, most_files)
@@ -118,4 +120,9 @@ def local(folder: Path, read_only: bool = False, most_files: int = 1024) -> tupl
         assert error <= 0
         return -error, reply[16:]
 
-    return Client(ask), server
+    try:
+        yield Client(ask), server
+    finally:
+        server.close()
+        os.close(root)
+        os.close(links)
