@@ -51,7 +51,7 @@ def create(
 
     if with_console and as_json:
         raise BadOptionError("--console and --json exclude each other")
-    files = [text for text in arguments if "=" not in text or Path(text).is_file()]
+    files = [text for text in arguments if "=" not in text or _is_file(text)]
     assignments = [text for text in arguments if text not in files]
     if defconfig is not None:
         files.insert(0, defconfig)
@@ -98,6 +98,14 @@ def create(
 
         return attach(made, begin=not paused, reporter=reporter)
     return 0
+
+
+def _is_file(text: str) -> bool:
+    """Whether this is a file's name; no name can be as long as a setting may be."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _start_viewer(name: str) -> None:

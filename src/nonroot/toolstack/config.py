@@ -243,6 +243,8 @@ class _Interpreter:
     def _options(self, config: Config) -> DomainOptions:
         memory = self._number("memory", 0)
         most = self._number("maxmem", 0)
+        if min(memory, most) < 0 or (memory == 0 and "memory" in self._all and not most):
+            raise BadOptionError(f"memory must be a positive number of MiB, not {min(memory, most)}")
         memory = memory or most or DEFAULT_MEMORY
         if most and most < memory:
             raise BadOptionError(f"maxmem ({most}) is less than memory ({memory}); both are in MiB")

@@ -212,9 +212,14 @@ class DomainZero:
         """Ask the guest to do with ``bytes`` of memory."""
         known = self._going(await self._domain(params))
         size = params.get("bytes")
-        if size == known.facts.get("memory"):
-            return {}
-        await known.link.request("set_memory", bytes=size)
+        most = known.facts.get("memory")
+        if isinstance(size, int) and isinstance(most, int) and size > most:
+            raise BadOptionError(f"{known.name} was made with {most >> 20} MiB, and can have no more while it runs")
+        try:
+            await known.link.request("set_memory", bytes=size)
+        except UnsupportedError:
+            if size != most:  # what it has is what it gets
+                raise
         return {}
 
     async def _ask_for(self, how: str, known: Known, acpi: bool) -> str:

@@ -1,0 +1,197 @@
+"""Two of Debian's kernels that ``nonroot create`` made, on a network of their own, and what is done to them at work.
+
+The tests share the domains, and each leaves them as it found them.
+"""
+
+import hashlib
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.guests import MIB, Console, allocated, children, dom0_pid, domains, store_tree, until, xl
+from tests.needed import need
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
+
+CONFIG = """\
+# {name}
+name = "{name}"
+memory = {memory}
+extra = "quiet cryptomgr.notests"
+vif = [ 'mac=00:16:3e:0a:08:0{number}, bridge=accept' ]
+on_crash = "preserve"
+"""
+MEMORY = 192
+SMALL = 112
+"""MiB."""
+
+
+@dataclass
+class Two:
+    """Their shells."""
+
+    one: Console
+    other: Console
+
+    def pids(self) -> dict[str, int]:
+        return {name: found["pid"] for name, found in domains().items()}
+
+
+@pytest.fixture(scope="module")
+def two(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+    need("cloud-amd64")
+    folder = tmp_path_factory.mktemp("two")
+    for number, name in enumerate(("one", "other"), 1):
+        path = folder / f"{name}.cfg"
+        path.write_text(CONFIG.format(name=name, number=number, memory=MEMORY))
+        outcome = xl("create", path)
+        assert outcome.err == ""
+    with Console("one") as one, Console("other") as other:
+        for number, console in enumerate((one, other), 1):
+            console.shell().sh(f"ifconfig eth0 10.8.0.{number} netmask 255.255.255.0 up")
+        yield Two(one, other)
+
+
+def test_they_reach_each_other_and_data_arrive_as_they_left(two: Two) -> None:
+    for console, peer in ((two.one, 2), (two.other, 1)):
+        assert ", 0% packet loss" in console.sh(f"ping -c 5 -i 0.2 -w 60 10.8.0.{peer}")
+    for sender, receiver, address in ((two.one, two.other, 1), (two.other, two.one, 2)):
+        sender.sh("mkdir /www; dd if=/dev/urandom of=/www/data bs=1M count=24 2> /dev/null; httpd -p 80 -h /www")
+        there = sender.sh("sha256sum < /www/data")
+        assert receiver.sh(f"wget -q -O - http://10.8.0.{address}/data | sha256sum") == there
+        sender.sh("rm -r /www")
+
+
+def test_the_balloon_returns_memory_and_gets_it_again_while_the_guest_works(two: Two) -> None:
+    pid = two.pids()["one"]
+
+    def total() -> int:
+        return int(two.one.sh("awk '/^MemTotal/ {print $2}' /proc/meminfo")) >> 10
+
+    def counted() -> int:
+        return int(two.one.sh("cat /tmp/rounds"))
+
+    def rounds_more(number: int) -> None:
+        aim = counted() + number
+        until(lambda: counted() >= aim, what="the guest's loop stands still")
+
+    everything = total()
+    # All its memory has been used once, so the host has given it.
+    two.one.sh("dd if=/dev/urandom of=/tmp/fill bs=1M count=80 2> /dev/null; rm /tmp/fill")
+    loop = """sum=$(sha256sum < /tmp/work); n=0; while [ -e /tmp/work ]; do \
+[ "$(cat /tmp/work | sha256sum)" = "$sum" ] || echo "round $n" >> /tmp/wrong; n=$((n + 1)); echo $n > /tmp/r; \
+mv /tmp/r /tmp/rounds; done"""
+    two.one.sh("dd if=/dev/urandom of=/tmp/work bs=1M count=4 2> /dev/null; echo 0 > /tmp/rounds")
+    two.one.sh(f"( {loop} ) > /dev/null 2>&1 &")
+    rounds_more(2)
+    before = allocated(pid)
+    too_much = xl("mem-set", "one", f"{MEMORY + 1}m", status=125)
+    assert too_much.err == f"nonroot: one was made with {MEMORY} MiB, and can have no more while it runs\n"
+    xl("mem-set", "one", f"{SMALL}m")
+    until(lambda: total() <= everything - (MEMORY - SMALL) + 2, what="the guest keeps its memory")
+    after = allocated(pid)
+    assert before - after > 40 * MIB, f"{before >> 20} MiB, then {after >> 20}"
+    assert after <= (SMALL + 8) * MIB
+    rounds_more(2)
+    xl("mem-set", "one", f"{MEMORY}m")
+    until(lambda: total() == everything, what="the guest has not all of its memory again")
+    rounds_more(2)
+    # What came back can be used: more than there was meanwhile.
+    two.one.sh("dd if=/dev/urandom of=/tmp/fill bs=1M count=64 2> /dev/null; sync")
+    assert len(set(two.one.sh("sha256sum < /tmp/fill; sha256sum < /tmp/fill").splitlines())) == 1
+    assert allocated(pid) > after + 32 * MIB
+    two.one.sh("rm /tmp/work /tmp/fill; sleep 1; [ ! -e /tmp/wrong ]")
+
+
+def test_kill_9_of_domain_zero(two: Two, tmp_path: Path) -> None:
+    """Domains go on, with disk and network in use; the next domain zero finds them; XenStore has what it had."""
+    image = tmp_path / "data.img"
+    image.write_bytes(bytes(16 * MIB))
+    xl("block-attach", "one", f"{image},raw,xvdb,w")
+    connected = until(lambda: [disk for disk in disks("one") if disk["state"] == "connected"])
+    assert [disk["vdev"] for disk in connected] == ["xvdb"]
+    before = domains()
+    writes = "dd if=/tmp/data of=/dev/xvdb bs=64k conv=fsync 2> /dev/null; echo x >> /tmp/written"
+    two.one.sh("dd if=/dev/urandom of=/tmp/data bs=1M count=16 2> /dev/null; : > /tmp/written")
+    two.one.sh(f"(while [ -e /tmp/data ]; do {writes}; done) &")
+    two.other.sh("ping -i 0.2 10.8.0.1 > /tmp/pings 2>&1 & echo $! > /tmp/pid")
+    until(lambda: len(two.one.sh("cat /tmp/written", status=None).split()) > 1)
+    tree = until(lambda: settled_tree())
+    old = dom0_pid()
+    os.kill(old, signal.SIGKILL)
+    written = len(two.one.sh("cat /tmp/written").split())
+    pings = len(two.other.sh("cat /tmp/pings").splitlines())
+    until(lambda: len(two.one.sh("cat /tmp/written").split()) > written + 1, what="the disk stands still")
+    until(lambda: len(two.other.sh("cat /tmp/pings").splitlines()) > pings + 5, what="the network stands still")
+    assert store_tree() == tree
+    after = domains()  # starts the next domain zero
+    assert dom0_pid() != old
+    facts = ("domid", "uuid", "pid", "state", "managed", "memory", "config", "policy")
+    assert {name: [one[fact] for fact in facts] for name, one in after.items()} == {
+        name: [one[fact] for fact in facts] for name, one in before.items()
+    }
+    assert store_tree() == tree
+    # The verbs, on domains that this domain zero has not made.
+    lines = [line.split() for line in xl("list").out.splitlines()[1:]]
+    assert [line[0] for line in lines] == ["Domain-0", "one", "other"]
+    assert [disk["vdev"] for disk in disks("one")] == ["xvdb"]
+    assert [card["network"] for card in xl("network-list", "--json", "other").json] == ["accept"]
+    xl("pause", "other")
+    assert domains()["other"]["state"] == "paused"
+    xl("unpause", "other")
+    xl("rename", "other", "another")
+    assert xl("domid", "another").out == f"{before['other']['domid']}\n"
+    xl("rename", "another", "other")
+    two.other.sh("kill -INT $(cat /tmp/pid)")
+    two.other.sh("sleep 0.5")
+    assert ", 0% packet loss" in two.other.sh("cat /tmp/pings")
+    two.one.sh("mv /tmp/data /tmp/done; sleep 0.1; while pidof dd; do sleep 0.1; done > /dev/null")
+    there = two.one.sh("sha256sum < /tmp/done; rm /tmp/done /tmp/written")
+    xl("block-detach", "one", "xvdb")
+    until(lambda: not disks("one"), what="the disk stays")
+    assert hashlib.sha256(image.read_bytes()).hexdigest() == there.split()[0]
+
+
+def disks(domain: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = xl("block-list", "--json", domain).json
+    return found
+
+
+def settled_tree() -> dict[str, str] | None:
+    """XenStore's contents, if they do not just change."""
+    tree = store_tree()
+    return tree if tree == store_tree() else None
+
+
+def test_a_full_disk_of_the_host_is_an_error_in_that_guest_only(two: Two, tmp_path: Path) -> None:
+    """The host gives the backend process no room behind 4 MiB of a file: as with a full disk, writes there fail."""
+    image = tmp_path / "grows.img"
+    image.touch()
+    os.truncate(image, 16 * MIB)
+    xl("block-attach", "one", f"{image},raw,xvdc,w")
+    until(lambda: [disk for disk in disks("one") if disk["state"] == "connected"])
+    pids = two.pids()
+    (backend,) = children(pids["one"], "nonroot.backends.process")
+    limits = resource.prlimit(backend, resource.RLIMIT_FSIZE)
+    resource.prlimit(backend, resource.RLIMIT_FSIZE, (4 * MIB, limits[1]))
+    try:
+        two.one.sh("dd if=/dev/urandom of=/dev/xvdc bs=64k count=64 conv=fsync 2> /dev/null")
+        there = two.one.sh("dd if=/dev/xvdc bs=64k count=64 2> /dev/null | sha256sum")
+        two.one.sh("dd if=/dev/zero of=/dev/xvdc bs=64k seek=64 count=32 conv=fsync 2> /dev/null", status=1)
+        assert "I/O error" in two.one.sh("dmesg | tail -n 20")
+    finally:
+        resource.prlimit(backend, resource.RLIMIT_FSIZE, limits)
+    two.one.sh("echo 3 > /proc/sys/vm/drop_caches")
+    assert two.one.sh("dd if=/dev/xvdc bs=64k count=64 2> /dev/null | sha256sum") == there
+    two.one.sh("dd if=/dev/urandom of=/dev/xvdc bs=64k count=128 conv=fsync 2> /dev/null")
+    assert ", 0% packet loss" in two.other.sh("ping -c 2 -w 60 10.8.0.1")
+    assert two.pids() == pids
+    assert children(pids["one"], "nonroot.backends.process") == [backend]
+    xl("block-detach", "one", "xvdc")
+    until(lambda: not disks("one"), what="the disk stays")
