@@ -21,7 +21,7 @@ from nonroot.toolstack.client import Toolstack
 from nonroot.xenstore.client import XenStore
 
 MIB = 1 << 20
-PATIENCE = 120.0
+PATIENCE = 30.0
 """Seconds for what takes a few on an idle machine."""
 
 READER = """stty -echo; dmesg -n 1; echo "rea""dy"; \
@@ -80,7 +80,13 @@ def xl(*arguments: str | Path, status: int | None = 0) -> Outcome:
     """``nonroot ARGUMENTS``, in a process of its own; ``status``: what it has to end with, or None."""
     command = [sys.executable, "-P", "-m", "nonroot", *map(str, arguments)]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=PATIENCE,
+        check=False,
     )
     assert status is None or done.returncode == status, done.stderr
     return Outcome(done.returncode, done.stdout, done.stderr)
