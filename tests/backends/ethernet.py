@@ -5,7 +5,6 @@ from __future__ import annotations
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Iterator
 
 from nonroot.backends.frame import Frame, ones_sum, segment
@@ -53,7 +52,7 @@ class Host:
     def send(self, destination: bytes, ethertype: int, payload: bytes) -> None:
         self.link.send(Frame(destination + self.mac + ethertype.to_bytes(2, "big") + payload))
 
-    def frames(self, seconds: float = 5.0) -> Iterator[Frame]:
+    def frames(self, seconds: float = 30.0) -> Iterator[Frame]:
         """Frames as they come; TimeoutError when none has come for so long."""
         while True:
             frame = self.link.receive_frame()
@@ -135,7 +134,7 @@ class Host:
         head = struct.pack(">HHIIBBHHH", own, port, sequence, acknowledged, 0x50, flags, 65535, 0, 0)
         self.send_ip(address, 6, with_checksum(self.address, address, 6, head + payload, 16))
 
-    def tcp_frames(self, own: int, seconds: float = 5.0) -> Iterator[tuple[int, int, int, bytes, Frame]]:
+    def tcp_frames(self, own: int, seconds: float = 30.0) -> Iterator[tuple[int, int, int, bytes, Frame]]:
         """(flags, sequence, acknowledged, payload, frame) of what comes to a port; superframes are checked as cut."""
         for whole in self.frames(seconds):
             if whole.data[23:24] != b"\x06" or whole.data[36:38] != own.to_bytes(2, "big"):
@@ -149,7 +148,7 @@ class Host:
                 yield data[47], sequence, acknowledged, data[start : 14 + int.from_bytes(data[16:18], "big")], whole
 
     def exchange(
-        self, address: str, port: int, send: bytes, own: int = 5000, size: int = 1400, seconds: float = 5.0
+        self, address: str, port: int, send: bytes, own: int = 5000, size: int = 1400, seconds: float = 30.0
     ) -> bytes:
         """Connect, send all, end; what the other end sent."""
         peer = (address, port, own)
@@ -195,11 +194,3 @@ class Host:
             if flags & FIN:
                 self._tcp(peer, ACK, 2002 + sent, expected + 1)
                 return
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0, pause: float = 0.005) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(pause)

@@ -25,7 +25,7 @@ from nonroot.backends.netif import Extra, RxResponse, TxRequest
 from nonroot.backends.ring import FrontRing
 from nonroot.xen.backend import EventChannelError, GrantError
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import wait_until
+from tests.waiting import wait_until
 
 PAGE = 4096
 PERMIT, READONLY, READING, WRITING = 1, 4, 8, 16

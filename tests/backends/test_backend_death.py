@@ -17,15 +17,15 @@ from nonroot.backends.supervisor import MOST_DEATHS
 from nonroot.backends.xenbus import XenbusState
 from nonroot.hvm.outcome import Reason
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import wait_until
 from tests.backends.frontend import xenstore
-from tests.backends.xen_guest import DHCP, XenGuest
+from tests.backends.xen_guest import DHCP, WAIT_FOR_DISK, XenGuest
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.guest]
 
 FILES = 12
 WRITER = f"""\
-for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/xvda ] && break; sleep 0.2; done
+{WAIT_FOR_DISK}
 mount -t ext4 /dev/xvda /mnt || leave no mount
 for i in $(seq {FILES}); do
     dd if=/dev/urandom of=/mnt/file$i bs=256k count=16 conv=fsync 2>/dev/null || leave file $i
@@ -97,7 +97,7 @@ def test_it_dies_again_and_again_during_writes_and_nothing_is_lost(store: XenSto
 def test_a_card_goes_on_and_one_that_dies_too_often_closes_its_devices(store: XenStore, folder: Path) -> None:
     script = f"""{DHCP}
 echo "up"
-for i in $(seq 100); do ping -c 1 -W 1 10.0.2.2 >/dev/null && echo "pong $i"; sleep 0.1; done
+for i in $(seq 1000); do ping -c 1 -W 1 10.0.2.2 >/dev/null && echo "pong $i"; sleep 0.1; done
 leave end
 """
     guest = XenGuest(store, folder / "store" / "socket", script)

@@ -16,8 +16,8 @@ from nonroot.backends.ring import BackRing, RingError
 from nonroot.backends.vbd import BlockDevice, create_vbd, vdev_number
 from nonroot.errors import BadOptionError
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import wait_until
 from tests.backends.frontend import BlockFront, Guest, xenstore
+from tests.waiting import wait_until
 
 SECTORS = 4096
 ABI64, ABI32 = ABIS["x86_64-abi"], ABIS["x86_32-abi"]

@@ -19,14 +19,13 @@ from nonroot.hvm.outcome import Reason
 from nonroot.xenstore.client import XenStore
 from tests.backends.frontend import xenstore
 from tests.backends.test_user_network import free_port
-from tests.backends.xen_guest import DHCP, XenGuest
+from tests.backends.xen_guest import DHCP, WAIT_FOR_DISK, XenGuest
 
 pytestmark = [pytest.mark.slow, pytest.mark.guest]
 
-WAIT_FOR_DISK = "for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/xvda ] && break; sleep 0.2; done\n"
 MEGABYTES = 200
-MOST_SECONDS = 40
-"""For both transfers, on a machine that does nothing else."""
+MOST_SECONDS = 150
+"""For both transfers; a machine that does nothing else needs a tenth of it."""
 
 
 @pytest.fixture
@@ -140,8 +139,7 @@ leave $(ifconfig eth0 | grep -o 'inet addr:[0-9.]*') $(cat /tmp/word)
     assert guest.result() == "inet addr:10.0.2.15 hello, guest"
     assert answers == [b"hello, host\n"]
     print(f"{MEGABYTES} MB to the guest in {seconds[0]:.1f} s, from it in {seconds[1]:.1f} s")
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    assert sum(seconds) < MOST_SECONDS * max(1.0, load), seconds
+    assert sum(seconds) < MOST_SECONDS, seconds
 
 
 def test_two_domains_talk_over_a_network_of_their_own(store: XenStore, folder: Path) -> None:
@@ -150,9 +148,9 @@ def test_two_domains_talk_over_a_network_of_their_own(store: XenStore, folder: P
     server = XenGuest(store, path, up.format(1) + "nc -l -p 80 > /tmp/got\nleave $(sha256sum /tmp/got)")
     other = XenStore(path)
     knock = """\
-for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ping -c 1 -W 1 192.168.9.1 >/dev/null && break; done
+for i in $(seq 60); do ping -c 1 -W 1 192.168.9.1 >/dev/null && break; done
 dd if=/dev/urandom of=/tmp/sent bs=64k count=64 2>/dev/null
-for i in 1 2 3 4 5 6 7 8 9; do nc 192.168.9.1 80 < /tmp/sent && break; sleep 0.3; done
+for i in $(seq 200); do nc 192.168.9.1 80 < /tmp/sent && break; sleep 0.3; done
 leave $(sha256sum /tmp/sent)
 """
     client = XenGuest(other, path, up.format(2) + knock)

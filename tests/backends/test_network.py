@@ -35,8 +35,9 @@ from nonroot.backends.slirp import UserNetwork, start_user_network
 from nonroot.backends.vif import NetDevice, check_mac, create_vif
 from nonroot.errors import BadOptionError
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import Host, ipv4, is_right, wait_until, with_checksum
+from tests.backends.ethernet import Host, ipv4, is_right, with_checksum
 from tests.backends.frontend import Guest, NetFront, xenstore
+from tests.waiting import wait_until
 
 ALL = Offloads(True, True, True, True, True)
 MAC = b"\x00\x16\x3e\x00\x00\x01"

@@ -11,9 +11,9 @@ from nonroot.backends.xenbus import XenbusState
 from nonroot.domain.pv_devices import PvDevices
 from nonroot.errors import BadOptionError, NotRunningError
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import wait_until
 from tests.backends.frontend import BlockFront, Guest, xenstore
 from tests.backends.test_block import ABI64
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from nonroot.backends.frame import Frame
 from nonroot.backends.link import Link
 from nonroot.backends.switch import ADDRESSES_PER_PORT, Switch, join_network
 from nonroot.errors import BadOptionError
-from tests.backends.ethernet import Host, wait_until
+from tests.backends.ethernet import Host
+from tests.waiting import wait_until
 
 
 def mac(number: int) -> bytes:

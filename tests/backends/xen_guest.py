@@ -34,6 +34,8 @@ insmod /xen-netfront.ko
 leave() { echo "result: $*"; poweroff -f; }
 """
 
+WAIT_FOR_DISK = "for i in $(seq 300); do [ -b /dev/xvda ] && break; sleep 0.2; done"
+
 DHCP = """\
 cat > /dhcp.sh <<'EOF'
 #!/bin/sh
@@ -89,7 +91,7 @@ class XenGuest:
     def text(self) -> str:
         return self.console.decode(errors="replace").replace("\r", "")
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 150) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: text in self.text(), seconds), self.text()[-3000:]
 

@@ -22,6 +22,7 @@ def native_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     root = Path(__file__).parents[2]
     environment["NONROOT_TESTED_BY"] = str(os.getpid())  # tells our domains' processes from those of other tests
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH", "")])])
+    environment["PASSED_ON"] = "as it is here"
     environment.pop("NO_COLOR", None)
     return environment
 

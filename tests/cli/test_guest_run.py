@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from nonroot.engines.select import choose
 from nonroot.guests import cached
 from tests.cli.conftest import Run
 from tests.cli.test_native_run import Terminal
+from tests.waiting import wait_until_quiet
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -67,14 +67,9 @@ def test_console(native_environment: dict[str, str]) -> None:
     terminal.write(b"stty size\r")
     terminal.expect(rb"31 97\r\n", 30)
     terminal.resize(50, 132)
-    time.sleep(0.5)
-    terminal.write(b"stty size\r")
+    terminal.write(b"until [ \"$(stty size)\" = '50 132' ]; do sleep 0.1; done; stty size\r")
     terminal.expect(rb"50 132\r\n", 30)
-    time.sleep(1)
-    before = _cpu_seconds(terminal.pid)
-    time.sleep(5)
-    used = _cpu_seconds(terminal.pid) - before
-    assert used < 0.03 * 5, f"an idle guest used {used / 5:.1%} of a core"
+    wait_until_quiet(lambda: _cpu_seconds(terminal.pid), 0.03 * 5, 5)  # 3 % of a core
     terminal.write(b"\x1d")
     assert terminal.wait() == 0
 

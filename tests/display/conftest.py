@@ -1,4 +1,3 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,19 +6,14 @@ import pytest
 
 from nonroot.api import Domain
 from tests.display.vga_guest import GREETING, write_kernel
+from tests.runtime import own_runtime_folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runtime() -> Iterator[Path]:
     """A list of running domains of this module's own."""
-    folder = tmp_path_factory.mktemp("run")
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
-    yield folder / "nonroot"
-    if before is None:
-        del os.environ["XDG_RUNTIME_DIR"]
-    else:
-        os.environ["XDG_RUNTIME_DIR"] = before
+    with own_runtime_folder() as folder:
+        yield folder / "nonroot"
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NotRunningError, UnsupportedError, WaitTimeoutError
 from tests.display.conftest import make
 from tests.display.vga_guest import GREETING, linear_pixel
+from tests.waiting import PATIENCE, wait_until, wait_until_quiet
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
@@ -81,12 +82,8 @@ def test_the_mouse_takes_what_it_is_given(screen: Domain) -> None:
 def test_nobody_looks_while_the_guest_is_halted(screen: Domain) -> None:
     serial = screen._client.request("screen")["serial"]
     pending = screen._client.submit("screen_wait", {"serial": serial})
-    time.sleep(0.2)
-    before = screen.stats.exits
-    time.sleep(0.5)
-    after = screen.stats.exits
     # The two questions for the statistics themselves kick the vCPU, and nothing else does.
-    assert sum(after.values()) - sum(before.values()) <= 6
+    wait_until_quiet(lambda: sum(screen.stats.exits.values()), 6, 0.5)
     assert not pending.done()
     screen.keyboard.type("q")
     assert pending.wait(10)["serial"] != serial
@@ -119,10 +116,8 @@ def test_entries_of_dead_domains_vanish(kernel: Path, runtime: Path) -> None:
     assert domain.name in [entry.name for entry in registry.entries()]
     domain.vnc()
     os.kill(domain.pid, signal.SIGKILL)
-    while (runtime / f"{domain.name}.json").exists():
-        registry.entries()
-        time.sleep(0.01)
-    assert not list(runtime.glob(f"{domain.name}.*"))
+    name = domain.name
+    wait_until(lambda: not (registry.entries(), list(runtime.glob(f"{name}.*")))[1])
     domain.destroy()
 
 
@@ -131,21 +126,15 @@ def test_entries_of_domains_that_end_vanish(kernel: Path, runtime: Path) -> None
     domain.vnc()
     assert sorted(path.suffix for path in runtime.glob("short.*")) == [".json", ".sock", ".vnc"]
     domain.destroy()
-    deadline = time.monotonic() + 5
-    while list(runtime.glob("short.*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not list(runtime.glob("short.*"))
+    wait_until(lambda: not list(runtime.glob("short.*")))
 
 
 def test_a_picture_has_no_text(kernel: Path) -> None:
     with make(kernel) as domain:
         domain.wait_for_text(GREETING, 30)
         domain.keyboard.type("<f1>")
-        deadline = time.monotonic() + 20
-        while domain.screen().size != (320, 200) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        while domain.screen().getpixel((319, 199)) == (0, 0, 0) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: domain.screen().size == (320, 200), pause=0.05)
+        wait_until(lambda: domain.screen().getpixel((319, 199)) != (0, 0, 0), pause=0.05)
         picture = domain.screen()
         greys = [(v << 2 | v >> 4,) * 3 for v in range(64)]
         assert [picture.getpixel((x, 5)) for x in range(320)] == [greys[x & 63] for x in range(320)]
@@ -317,7 +306,7 @@ def test_run_serves_its_screen(kernel: Path, runtime: Path) -> None:
             assert running.vnc() == f"unix:{runtime / 'run.vnc'}"
     finally:
         process.terminate()
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=PATIENCE)
     record = json.loads(output)
     assert (record["name"], record["vnc"]) == ("run", f"unix:{runtime / 'run.vnc'}")
-    assert not list(runtime.glob("run.*"))
+    wait_until(lambda: not list(runtime.glob("run.*")))

@@ -2,15 +2,18 @@
 
 import re
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 
 from nonroot.api import Domain
+from nonroot.domain.wire import Kind
 from nonroot.guests.linux import cached
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.guest]
 
@@ -50,7 +53,7 @@ def test_the_framebuffer(linux: Domain) -> None:
     data = bytes((x ^ y) & 0xFF if c < 3 else 0 for y in range(768) for x in range(1024) for c in range(4))
     linux.run("printf '\\033[?25l' > /dev/tty0; cat > /dev/fb0", stdin=data, check=True)
     wanted = Image.frombytes("RGB", (1024, 768), data, "raw", "BGRX")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while linux.screen().tobytes() != wanted.tobytes():  # the kernel copies its shadow soon
         different = ImageChops.difference(linux.screen(), wanted).getbbox()
         assert time.monotonic() < deadline, different
@@ -60,23 +63,34 @@ def test_the_framebuffer(linux: Domain) -> None:
 def test_the_keyboard_and_the_mouse(linux: Domain) -> None:
     devices = linux.run("cat /proc/bus/input/devices").stdout
 
-    def events(name: str, count: int) -> str:
+    def events(name: str, count: int, act: Callable[[], object]) -> list[tuple[int, ...]]:
+        """What comes of a device after ``act``."""
         block = next(block for block in devices.split("\n\n") if name in block)
         number = re.search(r"event(\d+)", block)
         assert number, block
-        return f"head -c {EVENT.size * count} /dev/input/event{number[1]}"
+        output, is_open = bytearray(), threading.Event()
 
-    command = linux.popen(events("AT Translated Set 2 keyboard", 6))
-    time.sleep(0.5)
-    linux.keyboard.type("n")
-    got = [EVENT.unpack_from(command.wait(20).stdout_bytes, EVENT.size * index)[2:] for index in range(6)]
+        def collect(kind: Kind, data: bytes) -> None:
+            if kind == Kind.STDOUT:
+                output.extend(data)
+            else:
+                is_open.set()
+
+        script = f"exec < /dev/input/event{number[1]}; echo open >&2; head -c {EVENT.size * count}"
+        command = linux.popen(script, on_output=collect)
+        assert is_open.wait(PATIENCE)
+        act()
+        command.wait(PATIENCE)
+        return [EVENT.unpack_from(output, EVENT.size * index)[2:] for index in range(count)]
+
+    got = events("AT Translated Set 2 keyboard", 6, lambda: linux.keyboard.type("n"))
     assert [event[1:] for event in got if event[0] == EV_KEY] == [(KEY_N, 1), (KEY_N, 0)]
 
-    command = linux.popen(events("Mouse", 7))
-    time.sleep(0.5)
-    linux.mouse.move(5, -3)
-    linux.mouse.click()
-    got = [EVENT.unpack_from(command.wait(20).stdout_bytes, EVENT.size * index)[2:] for index in range(7)]
+    def move_and_click() -> None:
+        linux.mouse.move(5, -3)
+        linux.mouse.click()
+
+    got = events("Mouse", 7, move_and_click)
     assert [event for event in got if event[0]] == [
         (EV_REL, 0, 5),
         (EV_REL, 1, -3),

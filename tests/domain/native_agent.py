@@ -115,13 +115,13 @@ class NativeAgent:
             while True:
                 self.pump(deadline)
 
-    def next(self, timeout: float = 10) -> tuple[FromGuest, bytes]:
+    def next(self, timeout: float = 30) -> tuple[FromGuest, bytes]:
         deadline = time.monotonic() + timeout
         while not self.frames:
             self.pump(deadline)
         return self.frames.pop(0)
 
-    def until(self, kind: FromGuest, timeout: float = 10) -> tuple[bytes, list[tuple[FromGuest, bytes]]]:
+    def until(self, kind: FromGuest, timeout: float = 30) -> tuple[bytes, list[tuple[FromGuest, bytes]]]:
         """The payload of the next frame of ``kind``, and all frames before it."""
         before: list[tuple[FromGuest, bytes]] = []
         while True:
@@ -130,7 +130,7 @@ class NativeAgent:
                 return payload, before
             before.append((found, payload))
 
-    def result(self, grant: bool = True, timeout: float = 10) -> tuple[ExitKind, int, bytes, bytes]:
+    def result(self, grant: bool = True, timeout: float = 30) -> tuple[ExitKind, int, bytes, bytes]:
         """(kind, value, stdout, stderr) of the command that was started; grants output as it comes."""
         out = {FromGuest.STDOUT: bytearray(), FromGuest.STDERR: bytearray()}
         while True:

@@ -12,6 +12,7 @@ import pytest
 
 from nonroot.domain.frames import Entry, ExitKind, ExitReport, FromGuest, Hello, StartFlag, ToGuest
 from tests.domain.native_agent import NativeAgent, build
+from tests.waiting import PATIENCE, wait_until
 
 
 @pytest.mark.parametrize("bits", [64, 32])
@@ -129,8 +130,15 @@ def test_a_command_that_does_not_read_its_stdin(agent: NativeAgent) -> None:
 
 def test_output_waits_for_credit(agent: NativeAgent) -> None:
     agent.start("sh", "-c", "head -c 300000 /dev/zero; echo end >&2", flags=StartFlag.NO_STDIN, window=1000)
-    agent.pump_for(0.5)
-    assert sum(len(p) for k, p in agent.frames if k == FromGuest.STDOUT) == 1000
+
+    def came() -> int:
+        return sum(len(p) for k, p in agent.frames if k == FromGuest.STDOUT)
+
+    end = time.monotonic() + PATIENCE
+    while came() < 1000:
+        agent.pump(end)
+    agent.pump_for(0.3)
+    assert came() == 1000
     agent.send(ToGuest.CREDIT, struct.pack("<I", 1000))
     kind, value, out, err = agent.result()
     assert (kind, value, len(out), err) == (ExitKind.EXITED, 0, 300_000, b"end\n")
@@ -152,8 +160,7 @@ def test_signals_reach_the_whole_group(agent: NativeAgent) -> None:
     agent.until(FromGuest.STDOUT)
     agent.signal(signal.SIGTERM)
     assert agent.result()[:3] == (ExitKind.EXITED, 3, b"caught\n")
-    time.sleep(0.1)
-    assert agent.children() == set()
+    wait_until(lambda: not agent.children())
 
 
 def test_interrupt_kills_by_default(agent: NativeAgent) -> None:
@@ -170,18 +177,20 @@ def test_signals_without_a_command_are_harmless(agent: NativeAgent) -> None:
     assert agent.run("cat", stdin=b"mine")[2] == b"mine"
 
 
-def test_orphans_are_reaped_and_do_not_delay(agent: NativeAgent) -> None:
-    started = time.monotonic()
-    assert agent.run("sh", "-c", "sleep 3 & echo done")[2] == b"done\n"
-    assert time.monotonic() - started < 2
+def test_orphans_do_not_delay(agent: NativeAgent) -> None:
+    orphan = int(agent.run("sh", "-c", "sleep 1000 & echo $!")[2])
+    os.kill(orphan, signal.SIGKILL)  # it was still there
+    wait_until(lambda: not agent.children())
 
 
 def test_many_commands_on_one_agent(agent: NativeAgent) -> None:
-    before = len(list(Path(f"/proc/{agent.process.pid}/fd").iterdir()))
+    def descriptors() -> int:
+        return len(list(Path(f"/proc/{agent.process.pid}/fd").iterdir()))
+
+    before = descriptors()
     for number in range(50):
         assert agent.run("echo", str(number), stdin=b"x" if number % 2 else None)[2] == b"%d\n" % number
-    assert len(list(Path(f"/proc/{agent.process.pid}/fd").iterdir())) == before
-    assert agent.children() == set()
+    wait_until(lambda: descriptors() == before and not agent.children())
 
 
 def test_one_command_at_a_time(agent: NativeAgent) -> None:
@@ -224,13 +233,13 @@ def test_ping(agent: NativeAgent) -> None:
 def test_power_off_says_goodbye(agent: NativeAgent) -> None:
     agent.send(ToGuest.POWER_OFF)
     assert agent.next() == (FromGuest.BYE, b"")
-    assert agent.process.wait(5) == 0
+    assert agent.process.wait(30) == 0
 
 
 def test_ends_when_the_host_goes(agent: NativeAgent) -> None:
     assert agent.process.stdin is not None
     agent.process.stdin.close()
-    assert agent.process.wait(5) == 0
+    assert agent.process.wait(30) == 0
 
 
 @pytest.mark.parametrize(

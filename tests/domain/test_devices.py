@@ -31,9 +31,9 @@ from nonroot.errors import (
     UnsupportedError,
 )
 from nonroot.xenstore.client import XenStore
-from tests.backends.ethernet import wait_until
 from tests.backends.frontend import Guest, xenstore
 from tests.domain.native_agent import NativeAgent, build
+from tests.waiting import wait_until
 
 # ── networks ──
 

@@ -25,6 +25,7 @@ from nonroot.errors import (
     UnsupportedError,
     error_from_wire,
 )
+from tests.waiting import wait_until
 
 FRAMES = st.lists(st.tuples(st.sampled_from(FromGuest), st.binary(max_size=300)), max_size=8)
 
@@ -439,7 +440,8 @@ def test_mailbox_keeps_order_and_is_bounded() -> None:
 
     thread = threading.Thread(target=post, daemon=True)
     thread.start()
-    thread.join(0.3)
+    wait_until(lambda: len(posted) >= 4)
+    thread.join(0.1)
     assert len(posted) == 4, "the fifth waits for room"
     taken: list[int] = []
     while len(taken) < 20:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import nonroot
-from tests.backends.ethernet import wait_until
 from tests.backends.test_user_network import free_port
 from tests.needed import need
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -46,13 +46,13 @@ def test_a_disk_is_written_booted_again_found_and_clean(tmp_path: Path) -> None:
         told = domain.run(write, check=True).stdout.split()[0]
         # A disk that is added, grows and goes while the guest runs.
         assert domain.add_disk(second) == "xvdb"
-        wait_until(lambda: domain.run("test -b /dev/xvdb").returncode == 0, 20)
+        wait_until(lambda: domain.run("test -b /dev/xvdb").returncode == 0)
         assert domain.run("sha256sum < /dev/xvdb").stdout.split()[0] == hashlib.sha256(second.read_bytes()).hexdigest()
         os.truncate(second, 2 * MIB)
         domain.resize_disk("xvdb")
-        wait_until(lambda: domain.run("cat /sys/block/xvdb/size").stdout == "4096\n", 20)
+        wait_until(lambda: domain.run("cat /sys/block/xvdb/size").stdout == "4096\n")
         domain.remove_disk("xvdb")
-        wait_until(lambda: len(domain.disks()) == 1, 20)
+        wait_until(lambda: len(domain.disks()) == 1)
         # Nothing is unmounted: the end of the guest does it.
         assert domain.shutdown().reason == "poweroff"
     check = subprocess.run(["e2fsck", "-fn", str(image)], capture_output=True, text=True, check=False)
@@ -124,7 +124,7 @@ def test_two_domains_on_a_private_network() -> None:
         assert two.run("wget -q -O - http://10.9.0.1/data | sha256sum", timeout=100).stdout == there
         assert two.run("ping -c 1 -w 2 10.9.0.3").returncode != 0
         one.remove_network(0)
-        wait_until(lambda: one.networks() == [], 20)
+        wait_until(lambda: one.networks() == [])
         # The kernel is told to reboot; for a domain that starts a kernel, that is its end.
         assert two._client.request("shutdown", 30, how="reboot") == {"by": "xenstore"}
         assert two.wait(30).reason == "reset"

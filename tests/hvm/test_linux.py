@@ -168,8 +168,8 @@ def test_pasted_text_arrives_whole(guest: Guest) -> None:
     try:
         lines = [f"line {n} {'x' * (n % 60)}" for n in range(400)]
         text = "".join(line + "\n" for line in lines)
-        shell.machine.console_input(b"cat > /tmp/pasted\n")
-        time.sleep(1)
+        shell.machine.console_input(b"sh -c 'echo rea\"\"dy; exec cat > /tmp/pasted'\n")
+        shell._wait(b"ready\r\n")
         shell.machine.console_input(text.encode() + b"\x04")
         shell._wait(b"line 399")
         assert shell.run("sha256sum < /tmp/pasted").split()[0] == hashlib.sha256(text.encode()).hexdigest()

@@ -104,9 +104,9 @@ def test_stop_from_another_thread_and_run_on() -> None:
     threading.Timer(0.05, machine.stop).start()
     assert run(machine).reason == Reason.STOPPED
     before = machine.vcpu.retired()
-    threading.Timer(0.05, machine.stop).start()
-    assert run(machine).reason == Reason.STOPPED
-    assert machine.vcpu.retired() > before
+    while machine.vcpu.retired() == before:  # a busy machine may come to it only after the stop
+        threading.Timer(0.05, machine.stop).start()
+        assert run(machine).reason == Reason.STOPPED
 
 
 def test_stop_wakes_a_halted_guest() -> None:
@@ -151,15 +151,16 @@ def test_pause_stops_the_guest_and_its_time() -> None:
         machine.post(stands.set)
         assert stands.wait(30)
         time.sleep(0.05)
+        began = time.monotonic_ns()
         now, retired = machine.vcpu.now_ns(), machine.vcpu.retired()
         time.sleep(0.3)
         assert machine.vcpu.retired() == retired
-        asked: list[int] = []
-        machine.post(lambda: asked.append(1))
+        asked = threading.Event()
+        machine.post(asked.set)
         machine.resume()
-        time.sleep(0.05)
-        assert asked == [1]
-        assert machine.vcpu.now_ns() - now < 0.3 * SECOND
+        assert asked.wait(30)
+        passed = machine.vcpu.now_ns() - now
+        assert passed < time.monotonic_ns() - began - 0.29 * SECOND
     finally:
         machine.stop()
         thread.join(30)
@@ -362,11 +363,11 @@ ONE_SHOT = out8(0x43, 0x30) + out8(0x40, 0x00) + out8(0x40, 0x80) + HALT
 
 def test_idle_virtual_time_passes_at_once() -> None:
     machine = make(ONE_SHOT, virtual_time=(1, 1))
-    began = time.monotonic()
-    timer = threading.Timer(0.3, machine.stop)
-    timer.start()
-    assert run(machine).reason == Reason.STOPPED
-    assert time.monotonic() - began < 10
+    for _ in range(100):  # a busy machine may come to it only after the stop
+        threading.Timer(0.1, machine.stop).start()
+        assert run(machine).reason == Reason.STOPPED
+        if machine.pic.read(0, 1) & 1:
+            break
     assert machine.vcpu.now_ns() == pytest.approx(3 * PORT_ACCESS_NS + 32769 * SECOND / 1_193_182, abs=2000)
     assert machine.pic.read(0, 1) & 1
 

@@ -14,8 +14,8 @@ import pytest
 
 import nonroot
 from nonroot.errors import BadFileError, BadOptionError
-from tests.backends.ethernet import wait_until
 from tests.needed import need
+from tests.waiting import lives, wait_until
 
 MIB = 1 << 20
 
@@ -46,17 +46,17 @@ def sh(domain: nonroot.Domain, script: str) -> str:
 
 
 def servers(pid: int) -> list[int]:
-    """Processes that serve folders of that domain's process."""
-    found = []
+    """Processes that serve folders of that domain's process, the oldest first."""
+    found: list[tuple[int, int]] = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == pid and b"share_server" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid and b"share_server" in (entry / "cmdline").read_bytes():
+                    found.append((int(fields[19]), int(entry.name)))
             except OSError:
                 pass
-    return found
+    return [number for _, number in sorted(found)]
 
 
 guest_test = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -199,13 +199,13 @@ class TestInOneGuest:
     def test_a_lost_server_gives_errors_and_a_killed_domain_leaves_no_process(
         self, domain: nonroot.Domain, place: Path
     ) -> None:
-        both, fixed = sorted(servers(domain.pid))
+        both, fixed = servers(domain.pid)
         os.kill(both, signal.SIGKILL)
         result = domain.run(["sh", "-c", "ls /mnt/both; cat /mnt/fixed/text"])
         assert result.stdout == "fixed"
         assert "not connected" in result.stderr
         domain.kill()
-        wait_until(lambda: not Path(f"/proc/{fixed}").exists(), 10)
+        wait_until(lambda: not lives(fixed))
 
 
 @pytest.mark.parametrize("flavour", ["cloud-amd64", "686-pae"])

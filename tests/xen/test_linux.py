@@ -2,15 +2,15 @@
 
 import os
 import re
-import tempfile
 import time
-from collections.abc import Callable
 
 import pytest
 
 import nonroot
 from nonroot.guests import cached
 from nonroot.xenstore.client import XenStore
+from tests.runtime import own_runtime_folder
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -71,11 +71,9 @@ def test_events_by_the_platform_devices_interrupt() -> None:
         assert 0 < int(line[1]) < 1000
 
 
-def test_memory_and_shutdown_through_xenstore(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_shutdown_through_xenstore() -> None:
     """The balloon gives memory back and takes it again; the guest powers off when its store says so."""
-    folder = tempfile.mkdtemp(prefix="nrxl")  # short: a socket's path must be
-    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
-    with domain("cloud-amd64") as guest, XenStore() as store:
+    with own_runtime_folder(), domain("cloud-amd64") as guest, XenStore() as store:
 
         def total() -> int:
             return int(guest.run(["sh", "-c", "free -k | awk '/^Mem/ {print $2}'"], check=True).stdout)
@@ -85,20 +83,13 @@ def test_memory_and_shutdown_through_xenstore(monkeypatch: pytest.MonkeyPatch) -
         home = f"/local/domain/{number}"
         assert store.read(f"{home}/control/feature-poweroff") == "1"
         store.write(f"{home}/memory/target", str(160 << 10))
-        wait_until(lambda: abs(everything - total() - (96 << 10)) < 4096)
+        wait_until(lambda: abs(everything - total() - (96 << 10)) < 4096, pause=0.5)
         store.write(f"{home}/memory/target", str(256 << 10))
-        wait_until(lambda: total() == everything)
+        wait_until(lambda: total() == everything, pause=0.5)
         # The kernel leaves it to this program, whose usual one asks an init that our agent is not.
         script = "rm -f /sbin/poweroff; printf '#!/bin/sh\\nexec /bin/busybox poweroff -f\\n' > /sbin/poweroff"
         guest.run(["sh", "-c", f"{script}; chmod +x /sbin/poweroff"], check=True)
         store.write(f"{home}/control/shutdown", "poweroff")
         assert guest.wait(60).reason == "poweroff"
         guest.destroy()
-        wait_until(lambda: number not in store.ls("/local/domain"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+        wait_until(lambda: number not in store.ls("/local/domain"), pause=0.5)

@@ -15,6 +15,7 @@ from nonroot.xen.config import XenConfig
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.daemon import Server
 from nonroot.xenstore.wire import HEADER, Kind, pack
+from tests.waiting import PATIENCE
 from tests.xen.domain import Domain
 
 PAGE = 0xFEFFC * 4096
@@ -63,7 +64,7 @@ class RingUser:
             self.domain.memory.write(PAGE + 2052, struct.pack("<I", at + 1))
         self.notify()
         answer = b""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while len(answer) < HEADER.size or len(answer) < HEADER.size + HEADER.unpack_from(answer)[3]:
             assert time.monotonic() < deadline, "no answer"
             consumed, produced = self.index(2056), self.index(2060)
