@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nonroot.boot.bzimage import is_bzimage
+from nonroot.domain.initramfs import kernel_bits
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import check_name
 from nonroot.domain.viewers import parse_address
@@ -19,6 +21,8 @@ __all__ = ["ACTIONS", "Config", "Policy", "fetch_software", "read_config"]
 
 DEFAULT_MEMORY: Final = 256
 """MiB."""
+BZIMAGE_HEAD: Final = 4096
+"""Bytes that say whether a file is a bzImage."""
 FIRMWARE: Final = {"seabios": "seabios", "ovmf": "ovmf"}
 ACTIONS: Final = ("destroy", "restart", "rename-restart", "preserve")
 """What can be done with a domain that has stopped."""
@@ -275,7 +279,7 @@ class _Interpreter:
             quiet=False,
             agent=False,
             engine=self._text("nonroot_engine") or "auto",
-            protocol="pvh" if config.kind == "pvh" and kernel is not None else "auto",
+            protocol=_protocol(config.kind, kernel, xen),
             boot=boot,
             disks=[_drive(disk, xen and firmware is None) for disk in config.disks if not disk.is_cd],
             cdroms=[disk.drive() for disk in cds],
@@ -359,6 +363,24 @@ def _drive(disk: DiskSpec, has_xen: bool) -> str:
     if not has_xen:
         return disk.drive()
     return f"{disk.drive()},{disk.vdev if disk.vdev.startswith('xvd') else 'ide'}"
+
+
+def _protocol(kind: str, kernel: str | None, xen: bool) -> str:
+    """How the kernel is entered: by PVH, or, for a Xen guest of type ``hvm``, as a PC's boot loader does it."""
+    if kernel is None:
+        return "auto"
+    if kind == "pvh":
+        return "pvh"
+    if not xen:
+        return "auto"
+    try:
+        with Path(kernel).open("rb") as file:
+            bootable = is_bzimage(file.read(BZIMAGE_HEAD))
+    except OSError:
+        return "auto"  # whoever opens it says why not
+    if not bootable:
+        return "auto"
+    return "linux64" if kernel_bits(kernel) == 64 else "linux32"
 
 
 def _nameless() -> str:
