@@ -20,6 +20,7 @@ from nonroot.hvm.dispatch import PORT_ACCESS_NS
 from nonroot.hvm.machine import Machine, MachineConfig, Outcome, Outputs, Reason
 from tests.hvm import guests
 from tests.hvm.guests import HALT, POWER_OFF, SPIN, mov_edx, out8, out16, out32, pvh, say
+from tests.waiting import PATIENCE
 
 MIB = 1 << 20
 SECOND = 10**9
@@ -63,7 +64,7 @@ def make(code: bytes, data: bytes = b"", output: Output | None = None, **options
 
 def run(machine: Machine) -> Outcome:
     """Run with a time limit, so that a test that fails does not hang."""
-    timer = threading.Timer(30, machine.stop)
+    timer = threading.Timer(PATIENCE, machine.stop)
     timer.start()
     try:
         return machine.run()
@@ -196,10 +197,10 @@ def test_console_input_arrives_whole_and_in_order() -> None:
     def type_all() -> None:
         for start in range(0, len(text), 77):
             machine.console_input(text[start : start + 77])
+        machine.console_input(b"q")
 
     thread = threading.Thread(target=type_all)
     thread.start()
-    threading.Timer(0.2, lambda: machine.console_input(b"q")).start()
     assert run(machine).reason == Reason.POWER_OFF
     thread.join()
     assert bytes(output.console[0]) == text

@@ -17,6 +17,7 @@ from nonroot.hvm.pc import Board
 from nonroot.testing.asm import assemble
 from tests.hvm.guests import BASE, pvh
 from tests.storage.parts import FailingImage
+from tests.waiting import PATIENCE
 
 MIB = 1 << 20
 GUEST = """
@@ -145,7 +146,7 @@ def test_code_that_a_disk_overwrites(engine: str, scramble: int | None, image: I
     kernel = pvh(assemble(GUEST, bits=32, origin=BASE).code)
     config = MachineConfig(16 * MIB, kernel, attach=[attach], agent=False, scramble_seed=scramble)
     machine = Machine(config, select.create(engine), Outputs(console=lambda number, data: said.extend(data)))
-    timer = threading.Timer(30, machine.stop)
+    timer = threading.Timer(PATIENCE, machine.stop)
     timer.start()
     try:
         outcome = machine.run()

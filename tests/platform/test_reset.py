@@ -8,6 +8,7 @@ from nonroot.engines import select
 from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.machine import Machine, MachineConfig, Outputs
 from nonroot.hvm.outcome import Outcome, Reason
+from tests.waiting import PATIENCE, wait_until
 
 MIB = 1 << 20
 BY_CF9 = bytes.fromhex("baf90c b006 ee")
@@ -36,7 +37,7 @@ def machine(image: bytes, said: bytearray, engine: str = "interpret", **options:
 
 
 def run(target: Machine) -> Outcome:
-    timer = threading.Timer(30, target.stop)
+    timer = threading.Timer(PATIENCE, target.stop)
     timer.start()
     try:
         return target.run()
@@ -87,11 +88,15 @@ def test_the_reset_button_works_from_another_thread() -> None:
     said = bytearray()
     spin = bytes.fromhex("ebfe")
     target = machine(rom(spin), said)
-    pressed = threading.Timer(0.3, lambda: target.post(target.request_reset))
-    stopper = threading.Timer(0.8, target.stop)
-    pressed.start()
-    stopper.start()
-    assert target.run().reason is Reason.STOPPED
+
+    def press() -> None:
+        wait_until(lambda: said == b"1")
+        target.post(target.request_reset)
+        wait_until(lambda: said == b"12")
+        target.stop()
+
+    threading.Thread(target=press).start()
+    assert run(target).reason is Reason.STOPPED
     assert target.resets == 1
     assert said == b"12"
 
