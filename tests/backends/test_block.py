@@ -13,11 +13,12 @@ from nonroot.backends.blkif import ABIS, MOST_SEGMENTS, SECTOR, Abi, BlkifOp, Bl
 from nonroot.backends.drive import Drive, open_image
 from nonroot.backends.image import Image
 from nonroot.backends.ring import BackRing, RingError
-from nonroot.backends.vbd import BlockDevice, create_vbd, vdev_number
+from nonroot.backends.vbd import BlockDevice, create_vbd
+from nonroot.backends.vdev import vdev_number
 from nonroot.errors import BadOptionError
 from nonroot.xenstore.client import XenStore
 from tests.backends.frontend import BlockFront, Guest, xenstore
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE, wait_until
 
 SECTORS = 4096
 ABI64, ABI32 = ABIS["x86_64-abi"], ABIS["x86_32-abi"]
@@ -359,10 +360,10 @@ def test_a_disk_that_grows_tells_its_guest(store: XenStore, tmp_path: Path) -> N
     negotiate(store, device, front)
     assert back(store, device, "feature-discard") == "1"
     with store.watch(f"{device.path}/state") as watch:
-        next(watch.events(1))
+        next(watch.events(PATIENCE))
         os.truncate(tmp_path / "disk.img", 4 << 20)
         device.resized()
-        assert next(watch.events(1)) == f"{device.path}/state"
+        assert next(watch.events(PATIENCE)) == f"{device.path}/state"
     assert back(store, device, "sectors") == "8192"
     assert back(store, device, "state") == "4"
     front.write(8184, b"new".ljust(4096))

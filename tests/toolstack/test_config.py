@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nonroot.backends.vdev import disk_index
 from nonroot.domain import registry
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 from nonroot.toolstack.config import read_config
-from nonroot.toolstack.disks import DiskSpec, parse_disk, vdev_number
+from nonroot.toolstack.disks import DiskSpec, parse_disk
 from nonroot.xen.config import LAST_DOMID
 
 
@@ -132,7 +133,7 @@ def test_disks(text: str, spec: DiskSpec | None) -> None:
 
 
 def test_names_of_disks() -> None:
-    assert [vdev_number(name) for name in ("xvda", "hdd", "sdz", "xvdaa")] == [0, 3, 25, 26]
+    assert [disk_index(name) for name in ("xvda", "hdd", "sdz", "xvdaa")] == [0, 3, 25, 26]
 
 
 @given(st.text(max_size=60) | st.text(alphabet="=,:/ adevtrgxw", max_size=60))

@@ -10,43 +10,17 @@ from nonroot.backends.handover import describe_image
 from nonroot.backends.image import Image
 from nonroot.backends.raw import RawImage
 from nonroot.backends.supervisor import BackendProcess, Served
+from nonroot.backends.vdev import vdev_number
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
-from nonroot.errors import BadOptionError
 from nonroot.xen.backend import FrontendAccess
 
-__all__ = ["BlockDevice", "create_vbd", "vdev_number"]
+__all__ = ["BlockDevice", "create_vbd"]
 
 RING_PAGE_ORDER: Final = 2
 """log2 of the most pages of a ring."""
 INFO_CDROM: Final = 1
 INFO_REMOVABLE: Final = 2
 INFO_READ_ONLY: Final = 4
-
-
-def vdev_number(name: str) -> int:
-    """The number of a device by its name in the guest (``xvda``, ``xvdb3``, ``hda``, ``sda``). BadOptionError.
-
-    >>> vdev_number("xvda")
-    51712
-    """
-    base = name.rstrip("0123456789")
-    part = int(name[len(base) :] or 0)
-    prefix = next((prefix for prefix in ("xvd", "hd", "sd") if base.startswith(prefix)), "")
-    letters = base[len(prefix) :]
-    disk = 0
-    for letter in letters:
-        disk = disk * 26 + ord(letter) - ord("a") + 1
-    disk -= 1
-    usable = prefix and letters.isascii() and letters.isalpha() and letters.islower() and len(letters) <= 2
-    if usable and prefix == "xvd" and part < 256 and (disk >= 16 or part >= 16):
-        return 1 << 28 | disk << 8 | part
-    if usable and prefix == "xvd" and disk < 16 and part < 16:
-        return 202 << 8 | disk << 4 | part
-    if usable and prefix == "hd" and disk < 4 and part < 64:
-        return (3, 3, 22, 22)[disk] << 8 | disk % 2 << 6 | part
-    if usable and prefix == "sd" and disk < 16 and part < 16:
-        return 8 << 8 | disk << 4 | part
-    raise BadOptionError(f"{name!r} is no name of a disk: use xvda, xvdb, …, or hda to hdd, or sda to sdp")
 
 
 def create_vbd(store: Store, domid: int, vdev: str, image: Image, cdrom: bool = False) -> str:

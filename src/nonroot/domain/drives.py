@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from nonroot.backends import BlockService, Drive, Image, open_image
 from nonroot.backends.service import LATENCY_NS
+from nonroot.backends.vdev import disk_name
 from nonroot.devices.block import BlockPort
 from nonroot.devices.ide_unit import CdRom, Disk
 from nonroot.devices.storage import Storage, attach_storage
@@ -19,7 +20,6 @@ __all__ = [
     "MOST_DISKS",
     "Drives",
     "check_drives",
-    "disk_name",
     "has_named_places",
     "ide_disks",
     "paravirtual_disks",
@@ -97,15 +97,6 @@ def paravirtual_disks(options: DomainOptions) -> list[tuple[str, str]]:
             raise BadOptionError(f"a domain has at most {MOST_DISKS} disks, xvda to {disk_name(MOST_DISKS - 1)}")
         found.append((chosen, image))
     return found
-
-
-def disk_name(index: int) -> str:
-    """The name of Xen's disk number ``index`` in the guest.
-
-    >>> disk_name(1)
-    'xvdb'
-    """
-    return f"xvd{chr(ord('a') + index)}"
 
 
 def _disk(text: str) -> Drive:

@@ -15,10 +15,10 @@ from typing import Any
 
 from nonroot.backends.drive import Drive
 from nonroot.backends.switch import join_network
-from nonroot.backends.vbd import vdev_number
+from nonroot.backends.vdev import disk_name, vdev_number
 from nonroot.backends.vif import random_mac
 from nonroot.backends.xenbus import XenbusState
-from nonroot.domain.drives import MOST_DISKS, disk_name
+from nonroot.domain.drives import MOST_DISKS
 from nonroot.domain.networks import Network
 from nonroot.domain.pv_devices import PvDevices
 from nonroot.domain.registry import runtime_dir

@@ -22,7 +22,8 @@ from nonroot.backends.helper import Helper
 from nonroot.backends.link import Link
 from nonroot.backends.slirp import UserNetwork, start_user_network
 from nonroot.backends.supervisor import BackendProcess
-from nonroot.backends.vbd import BlockDevice, create_vbd, vdev_number
+from nonroot.backends.vbd import BlockDevice, create_vbd
+from nonroot.backends.vdev import vdev_number
 from nonroot.backends.vif import NetDevice, create_vif, random_mac
 from nonroot.backends.xenbus import BackendDevice, XenbusState
 from nonroot.errors import BadOptionError, NotRunningError

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nonroot.backends.vdev import disk_index
 from nonroot.boot.bzimage import is_bzimage
 from nonroot.domain.initramfs import kernel_bits
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import check_name
 from nonroot.domain.viewers import parse_address
 from nonroot.errors import BadFileError, BadOptionError, UnsupportedError
-from nonroot.toolstack.disks import DiskSpec, parse_disk, vdev_number
+from nonroot.toolstack.disks import DiskSpec, parse_disk
 from nonroot.toolstack.vifs import parse_vif
 from nonroot.toolstack.xlcfg import MAX_TEXT, Value, parse
 
@@ -226,11 +227,11 @@ class _Interpreter:
         disks = [parse_disk(text, self._folder) for text in self._texts("disk")]
         by_number: dict[int, str] = {}
         for disk in disks:
-            number = vdev_number(disk.vdev)
+            number = disk_index(disk.vdev)
             if number in by_number:
                 raise BadOptionError(f"two disks have the same place: {by_number[number]} and {disk.vdev}")
             by_number[number] = disk.vdev
-        return sorted(disks, key=lambda disk: vdev_number(disk.vdev))
+        return sorted(disks, key=lambda disk: disk_index(disk.vdev))
 
     def _policy(self) -> Policy:
         policy = Policy()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nonroot.backends.vdev import disk_index
 from nonroot.errors import BadOptionError, UnsupportedError
 
-__all__ = ["DiskSpec", "parse_disk", "vdev_number"]
+__all__ = ["DiskSpec", "parse_disk"]
 
 FORMATS: Final = {"": "raw", "raw": "raw", "qcow2": "qcow2", "vhd": "vpc", "qed": "qed"}
 """xl's names of formats, and ours."""
@@ -17,7 +18,6 @@ _KEYS: Final = (*_POSITIONS, "devtype", "backendtype", "backend", "script")
 _FLAGS: Final = frozenset(("cdrom", "discard", "no-discard", "direct-io-safe"))
 _PREFIX: Final = re.compile(r"(?:(?:phy|file|aio|tap2?(?::tapdisk)?|ioemu|raw|qcow2|vhd|qed):)+")
 """What old configurations write before the target; it stands for the format."""
-_VDEV: Final = re.compile(r"(?:xvd|hd|sd)([a-z]{1,2})([0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +53,6 @@ class DiskSpec:
         }
 
 
-def vdev_number(name: str) -> int:
-    """Xen's order of a disk's name: xvda and hda are 0. BadOptionError if it is none.
-
-    >>> vdev_number("hdc")
-    2
-    """
-    match = _VDEV.fullmatch(name)
-    if match is None:
-        raise BadOptionError(f"{name[:40]!r} is no disk's name: use xvda, hda, hdc and the like")
-    if match[2]:
-        raise UnsupportedError(
-            f"{name} names a partition; give the guest a whole disk, such as {name.rstrip('0123456789')}"
-        )
-    number = 0
-    for letter in match[1]:
-        number = number * 26 + ord(letter) - ord("a") + 1
-    return number - 1
-
-
 def parse_disk(text: str, folder: Path) -> DiskSpec:
     """One entry of ``disk = [...]``; relative paths begin at ``folder``. BadOptionError, UnsupportedError.
 
@@ -93,7 +74,7 @@ def parse_disk(text: str, folder: Path) -> DiskSpec:
         vdev, is_cd = vdev.removesuffix(":cdrom"), True
     if not vdev:
         raise BadOptionError(f"{what} has no vdev; add for example vdev=xvda")
-    vdev_number(vdev)
+    disk_index(vdev)
     target = values.get("target", "")
     prefix = _PREFIX.match(target)
     kind = values.get("format", "")
