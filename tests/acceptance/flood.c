@@ -1,7 +1,7 @@
 /*
- * A guest that means harm, for test_floods.py: 32-bit, freestanding, started by PVH, no interrupts, no paging. It calls its
- * hypervisor at random, churns its memory, floods console and XenStore, and fills the rings of its disk and its card with
- * noise, round after round. With "break" on its command line it does worse to console and XenStore's ring, for ever.
+ * A guest that means harm, for test_two_domains.py: 32-bit, freestanding, started by PVH, no interrupts, no paging.
+ * It calls its hypervisor at random, churns its memory, floods console and XenStore, and fills the rings of its disk
+ * and its card with noise, round after round. With "break" on its command line it does worse to the ring of XenStore.
  */
 typedef unsigned char u8;
 typedef unsigned short u16;

@@ -182,10 +182,15 @@ class Console:
             self._at = found.end()
             return found
 
-    def type(self, line: str) -> None:
+    def key(self, keys: str) -> None:
+        """Type keys, and no more."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.write(keys.encode())
         self.process.stdin.flush()
+
+    def type(self, line: str) -> None:
+        """Type a line."""
+        self.key(f"{line}\n")
 
     def shell(self) -> Self:
         """Wait for a shell's prompt, and make it one for :meth:`sh`."""
@@ -221,8 +226,13 @@ def ramdisk(guest: Guest, path: Path, modules: tuple[str, ...] = ("xen-blkfront"
     return path
 
 
-def root_disk(guest: Guest, image: Path, folder: Path, size: int = 64 * MIB) -> Path:
-    """An ext4 file system with busybox, a shell on the console, and ends for control/shutdown. FileNotFoundError."""
+def root_disk(
+    guest: Guest, image: Path, folder: Path, size: int = 64 * MIB, files: dict[str, bytes] | None = None
+) -> Path:
+    """An ext4 file system with busybox, a shell on the console, ends for control/shutdown, and more ``files``."""
+    for name, data in (files or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     for name in ("bin", "dev", "etc", "mnt", "proc", "root", "sys", "tmp"):
         (folder / name).mkdir(parents=True)
     (folder / "sbin").mkdir()

@@ -158,3 +158,9 @@ def test_aml_refuses_what_it_cannot_encode() -> None:
         with pytest.raises(ValueError):
             wrong()
     assert aml.eisa_id("PNP0501").hex() == "0c41d00501"
+
+
+@pytest.mark.parametrize("has_rtc", [True, False])
+def test_where_there_is_neither_clock_nor_screen_the_fadt_says_so(has_rtc: bool) -> None:
+    (flags,) = struct.unpack_from("<H", build_tables([0], has_rtc=has_rtc).tables["FACP"][1], 109)
+    assert (bool(flags & 1 << 5), bool(flags & 1 << 2)) == (not has_rtc, True)

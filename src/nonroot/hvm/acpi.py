@@ -29,6 +29,7 @@ BOOT_LEGACY_DEVICES: Final = 1 << 0
 BOOT_8042: Final = 1 << 1
 BOOT_NO_VGA: Final = 1 << 2
 BOOT_NO_ASPM: Final = 1 << 4
+BOOT_NO_CMOS_RTC: Final = 1 << 5
 FLAG_WBINVD: Final = 1 << 0
 FLAG_PROC_C1: Final = 1 << 2
 FLAG_NO_FIXED_SLEEP_BUTTON: Final = 1 << 5
@@ -216,15 +217,17 @@ def build_tables(
     extra: Sequence[IsaDevice] = (),
     has_vga: bool = False,
     has_8042: bool = False,
+    has_rtc: bool = True,
 ) -> AcpiTables:
     """
     Tables for vCPUs with these APIC ids.
 
-    ``extra``: further devices to name. ``has_vga`` and ``has_8042`` let systems look for those without names.
+    ``extra``: further devices to name. ``has_vga``, ``has_8042`` and ``has_rtc`` let systems look for those without
+    names; where there are neither VGA nor RTC, Linux takes a Xen domain for PVH.
     ValueError if the tables do not fit below 1 MiB.
     """
     boot = BOOT_LEGACY_DEVICES | BOOT_NO_ASPM
-    boot |= (0 if has_vga else BOOT_NO_VGA) | (BOOT_8042 if has_8042 else 0)
+    boot |= (0 if has_vga else BOOT_NO_VGA) | (BOOT_8042 if has_8042 else 0) | (0 if has_rtc else BOOT_NO_CMOS_RTC)
     place = FIRMWARE_START + ALIGNMENT
     tables: dict[str, tuple[int, bytes]] = {}
 

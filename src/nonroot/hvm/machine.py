@@ -193,7 +193,7 @@ class Machine:
         """The Xen of this machine; None without."""
         if config.xen is not None:
             self.xen = self._make_xen(config, config.xen, lines, outputs)
-            if self.plan is None or self.plan.protocol != "pvh":
+            if not self._is_pvh:
                 attach_platform(self.board)
         for attach in config.attach:
             attach(self.board)
@@ -257,7 +257,14 @@ class Machine:
 
     def _acpi(self, config: MachineConfig) -> AcpiTables:
         parts = self.board
-        return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042)
+        # A kernel that another one starts (GRUB's) sees by the tables alone that this is a PVH domain of Xen's.
+        has_rtc = not self._is_pvh
+        return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042, has_rtc)
+
+    @property
+    def _is_pvh(self) -> bool:
+        """Whether this is a Xen domain without the platform device."""
+        return self.xen is not None and self.plan is not None and self.plan.protocol == "pvh"
 
     def _place_tables(self, config: MachineConfig) -> None:
         """Without firmware, its work is ours: tables in memory, what drives there are, routes of the PCI interrupts."""
