@@ -6,7 +6,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from nonroot.backends.supervisor import MOST_DEATHS
 from nonroot.backends.xenbus import XenbusState
 from nonroot.hvm.outcome import Reason
 from nonroot.xenstore.client import XenStore
-from tests.backends.frontend import xenstore
 from tests.backends.xen_guest import DHCP, WAIT_FOR_DISK, XenGuest
 from tests.waiting import wait_until
 
@@ -34,18 +32,6 @@ done
 umount /mnt || leave no umount
 leave $(dmesg | grep -c -i 'i/o error') errors
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "store").mkdir()
-    return tmp_path
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[XenStore]:
-    with xenstore(folder / "store") as client:
-        yield client
 
 
 def kill(guest: XenGuest) -> None:

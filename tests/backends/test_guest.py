@@ -7,7 +7,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from nonroot.backends.slirp import Forward, UserNetwork
 from nonroot.backends.switch import join_network
 from nonroot.hvm.outcome import Reason
 from nonroot.xenstore.client import XenStore
-from tests.backends.frontend import xenstore
 from tests.backends.test_user_network import free_port
 from tests.backends.xen_guest import DHCP, WAIT_FOR_DISK, XenGuest
 
@@ -26,18 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.guest]
 MEGABYTES = 200
 MOST_SECONDS = 150
 """For both transfers; a machine that does nothing else needs a tenth of it."""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "store").mkdir()
-    return tmp_path
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[XenStore]:
-    with xenstore(folder / "store") as client:
-        yield client
 
 
 def run(guest: XenGuest) -> None:
