@@ -2,7 +2,7 @@
 
 from typing import Any, Self, final
 
-__all__ = ["VERSION", "Memory", "Vcpu", "agent", "coverage", "optimisations", "tiny_guest", "translate_unavailable"]
+__all__ = ["VERSION", "Memory", "Vcpu", "XenPath", "agent", "coverage", "optimisations", "tiny_guest", "translate_unavailable"]
 
 VERSION: str
 
@@ -133,6 +133,63 @@ class Vcpu:
         """Guest-physical address of a linear address as supervisor, without side effects; None if not mapped."""
     def flush(self) -> None:
         """Drop all cached translations and decoded code."""
+
+@final
+class XenPath:
+    """What of Xen is done inside the engine, without exits and without the GIL: event channels, timers, ready disks.
+
+    It mirrors the tables of :mod:`nonroot.xen`, which tells it of every change, and leaves to that whatever it cannot do
+    or finds not plainly right. Any thread. ``vcpu``: its number; ValueError if there is none. ``number``: a port's.
+    """
+
+    def __new__(cls, memory: Memory, vcpus: list[Vcpu], shared: tuple[int, int]) -> Self:
+        """``shared``: (backing, offset) of the shared page. The vCPUs do their hypercalls by it from now on."""
+    def layout(self, bits: int, pending: int, mask: int, selector: int) -> None:
+        """Ports of a word, and offsets of the pending bits, the mask, and the selector in a vCPU's information."""
+    def info(self, vcpu: int, info: tuple[int, int] | None) -> None:
+        """(backing, offset) of a vCPU's information."""
+    def vector(self, vcpu: int, vector: int) -> None:
+        """A vCPU's upcall vector; 0: it is told in another way, and all its events are left to Python."""
+    def timer(self, vcpu: int, port: int) -> None:
+        """The port of a vCPU's VIRQ_TIMER; 0: none."""
+    def closed(self, number: int) -> None: ...
+    def unbound(self, number: int, vcpu: int) -> None:
+        """A notification does nothing."""
+    def raises(self, number: int, vcpu: int, other: int) -> None:
+        """A notification raises ``other``, a port of the same guest."""
+    def bell(self, number: int, vcpu: int, bell: int) -> None:
+        """A notification writes an eventfd, of which this keeps a copy. OSError."""
+    def foreign(self, number: int, vcpu: int) -> None:
+        """A notification is left to Python."""
+    def add_disk(
+        self,
+        number: int,
+        pages: list[tuple[int, int]],
+        long: bool,
+        turn: tuple[int, int],
+        grants: tuple[int, int, int],
+        image: int,
+        end: int,
+        writable: bool,
+    ) -> bool:
+        """Serve a disk's ring where that waits for nothing; False if the port has no bell.
+
+        ``pages``: (backing, offset) of the ring's. ``turn``: a descriptor and an offset: the page that says who
+        serves the ring. ``grants``: (backing, offset) of the grant table, and its entries. ``image``: a descriptor of
+        a file of ``end`` bytes, of which this keeps a copy. OSError, ValueError.
+        """
+    def resize_disk(self, number: int, end: int) -> None: ...
+    def remove(self, number: int) -> None:
+        """Serve the port's device no more. When this returns, nothing of it is in use."""
+    def send(self, number: int) -> bool:
+        """The guest notifies a port; False if that is left to Python, with nothing done. So is ``unmask``."""
+    def unmask(self, number: int) -> bool: ...
+    def raise_event(self, number: int) -> bool: ...
+    def set_shot(self, deadline_ns: int | None, now_ns: int) -> None:
+        """The single-shot timer of vCPU 0: at a machine time; None: not at all."""
+    def reset(self) -> None:
+        """As at power-on: everything is forgotten, the layout too."""
+    def statistics(self) -> dict[str, int]: ...
 
 def optimisations(translate: bool = False) -> list[tuple[str, str]]:
     """(name, one-line description) of every optimisation, the translator's too if `translate`."""

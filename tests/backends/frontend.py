@@ -110,7 +110,7 @@ class Guest:
 
     # ── what a backend sees ──
 
-    def bind_interdomain(self, remote_port: int, on_event: Callable[[], object]) -> Port:
+    def bind_interdomain(self, remote_port: int, on_event: Callable[[], object], bell: int | None = None) -> Port:
         if remote_port not in self.ports or self.ports[remote_port] is not None:
             raise EventChannelError(f"there is no event channel {remote_port}")
         port = self.ports[remote_port] = Port(self, remote_port, on_event)

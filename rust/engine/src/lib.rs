@@ -9,6 +9,7 @@ mod msrs;
 mod options;
 mod translate;
 mod vcpu;
+mod xen;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -50,7 +51,12 @@ fn tiny_guest(py: Python<'_>) -> PyResult<Bound<'_, PyBytes>> {
 fn optimisations(translate: bool) -> Vec<(String, String)> {
     let all = nonroot_interpret::config::Optimisations::ALL;
     let more = if translate { translate::SWITCHES } else { &[] };
-    all.iter().chain(more).map(|(name, text)| (name.to_string(), text.trim().to_string())).collect()
+    let xen = if translate { xen::SWITCHES } else { &[] };
+    all.iter()
+        .chain(more)
+        .chain(xen)
+        .map(|(name, text)| (name.to_string(), text.trim().to_string()))
+        .collect()
 }
 
 /// Why this machine cannot run translated code; None if it can.
@@ -70,6 +76,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<memory::Memory>()?;
     module.add_class::<vcpu::Vcpu>()?;
+    module.add_class::<xen::XenPath>()?;
     module.add_function(wrap_pyfunction!(agent, module)?)?;
     module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;
     module.add_function(wrap_pyfunction!(optimisations, module)?)?;

@@ -79,10 +79,17 @@ pub fn config(
                     if config.optimise.switch_off(&optimisation) {
                         continue;
                     }
+                    if crate::xen::SWITCHES.iter().any(|(known, _)| *known == optimisation) {
+                        // Whoever connects the vCPU with Xen looks there.
+                        continue;
+                    }
                     if crate::translate::is_switch(&optimisation) {
                         translate_off.push(optimisation);
                     } else {
-                        let all = Optimisations::ALL.iter().chain(crate::translate::SWITCHES);
+                        let all = Optimisations::ALL
+                            .iter()
+                            .chain(crate::translate::SWITCHES)
+                            .chain(crate::xen::SWITCHES);
                         let all: Vec<&str> = all.map(|(name, _)| *name).collect();
                         return Err(PyValueError::new_err(format!(
                             "there is no optimisation named {optimisation}, only {}",

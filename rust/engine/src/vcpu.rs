@@ -8,16 +8,19 @@
 use crate::exits::{self, Answer};
 use crate::memory::Memory;
 use crate::options::{self, Leaf};
+use crate::xen;
 use crate::{cpu_state, exits::NAMES};
 use nonroot_interpret::config::monotonic_ns;
+use nonroot_interpret::state::Exit;
 use nonroot_interpret::state::{ar, cr0, efer, rflags, seg, Clock};
 use nonroot_interpret::Handle;
 use nonroot_lapic::Addressing;
+use nonroot_xen::Path;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 
 /// A vCPU and what its last exit waits for.
 pub struct Inner {
@@ -34,6 +37,8 @@ pub struct Vcpu {
     addressing: Arc<Addressing>,
     /// A copy of the vCPU's clock, to tell the time while it runs.
     clock: Mutex<Clock>,
+    /// What of Xen is done here.
+    xen: OnceLock<Arc<Path>>,
 }
 
 impl Vcpu {
@@ -47,6 +52,17 @@ impl Vcpu {
                 Err(PyRuntimeError::new_err("this vCPU is unusable after an internal error of the engine"))
             }
         }
+    }
+
+    /// What other threads may do.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Has that of Xen which `path` can do done here.
+    pub fn attach_xen(&self, path: Arc<Path>) -> PyResult<()> {
+        let free = self.xen.set(path);
+        free.map_err(|_| PyValueError::new_err("this vCPU has a path of Xen's already"))
     }
 
     fn remember_clock(&self, inner: &Inner) {
@@ -71,6 +87,41 @@ pub fn set_clock(vcpu: &mut nonroot_interpret::Vcpu, now: u64) -> Result<(), Str
     Ok(())
 }
 
+fn earlier(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    one.into_iter().chain(other).min()
+}
+
+/// Runs until an exit that is not done with here.
+fn run_with_xen(
+    vcpu: &mut nonroot_interpret::Vcpu,
+    path: &Path,
+    deadline_ns: Option<u64>,
+    limit: Option<u64>,
+) -> Exit {
+    loop {
+        let exit = vcpu.run(earlier(deadline_ns, path.deadline()), limit);
+        match exit {
+            Exit::Hypercall { .. } if xen::hypercall(vcpu, path) => continue,
+            // It may be a kick as well: the caller looks.
+            Exit::Interrupted => path.advance(vcpu.cpu.now_ns()),
+            _ => {}
+        }
+        return exit;
+    }
+}
+
+/// Sleeps; Xen's timer of this vCPU fires meanwhile.
+fn wait_with_xen(vcpu: &mut nonroot_interpret::Vcpu, path: &Path, deadline_ns: Option<u64>) -> bool {
+    loop {
+        let runnable = vcpu.wait(earlier(deadline_ns, path.deadline()));
+        let now = vcpu.cpu.now_ns();
+        path.advance(now);
+        if runnable || deadline_ns.is_some_and(|deadline| deadline <= now) {
+            return runnable;
+        }
+    }
+}
+
 #[pymethods]
 impl Vcpu {
     #[new]
@@ -90,7 +141,7 @@ impl Vcpu {
         let handle = vcpu.handle();
         let addressing = vcpu.cpu.lapic.addressing();
         let inner = Mutex::new(Inner { vcpu, answer: Answer::None, exits: [0; NAMES.len()] });
-        Ok(Vcpu { inner, handle, addressing, clock })
+        Ok(Vcpu { inner, handle, addressing, clock, xen: OnceLock::new() })
     }
 
     #[pyo3(signature = (deadline_ns = None, limit = None))]
@@ -108,7 +159,10 @@ impl Vcpu {
         }
         inner.answer = Answer::None;
         let vcpu = &mut inner.vcpu;
-        let exit = py.detach(|| vcpu.run(deadline_ns, limit));
+        let exit = match self.xen.get() {
+            None => py.detach(|| vcpu.run(deadline_ns, limit)),
+            Some(path) => py.detach(|| run_with_xen(vcpu, path, deadline_ns, limit)),
+        };
         inner.answer = exits::answer(&exit);
         inner.exits[exits::number(&exit)] += 1;
         exits::to_python(py, &exit)
@@ -153,7 +207,10 @@ impl Vcpu {
     fn wait(&self, py: Python<'_>, deadline_ns: Option<u64>) -> PyResult<bool> {
         let mut inner = self.inner()?;
         let vcpu = &mut inner.vcpu;
-        let runnable = py.detach(|| vcpu.wait(deadline_ns));
+        let runnable = match self.xen.get() {
+            None => py.detach(|| vcpu.wait(deadline_ns)),
+            Some(path) => py.detach(|| wait_with_xen(vcpu, path, deadline_ns)),
+        };
         self.remember_clock(&inner);
         Ok(runnable)
     }

@@ -374,8 +374,10 @@ impl Memory {
         }
     }
 
-    /// A frame has been written from outside the vCPU.
-    fn written(&self, gfn: u64) {
+    /// A present frame has been written from outside the vCPU: its decoded code is dropped and it counts
+    /// as dirty.
+    #[inline]
+    pub fn written(&self, gfn: u64) {
         if self.set_flags(gfn, P2M_DIRTY) & P2M_CODE != 0 {
             self.post_stale_code(gfn);
         }
@@ -432,16 +434,32 @@ impl Memory {
         expected: u32,
         new: u32,
     ) -> Result<u32, MemoryError> {
-        let backings = self.backings.lock().unwrap();
-        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
-        if offset % 4 != 0 || offset >= b.size {
-            return Err(MemoryError::BadBacking);
-        }
-        // SAFETY: an aligned word inside a mapping that lives as long as self (sizes are multiples of
-        // 4096); it is memory shared with the guest, to which there are no references.
-        let word = unsafe { AtomicU32::from_ptr(b.base.add(offset as usize).cast()) };
+        let word = self.word(backing, offset)?;
         let result = word.compare_exchange(expected, new, Ordering::SeqCst, Ordering::SeqCst);
         Ok(result.unwrap_or_else(|found| found))
+    }
+
+    /// An aligned 32-bit word of a backing, which others may change at any time.
+    pub fn word(&self, backing: usize, offset: u64) -> Result<&AtomicU32, MemoryError> {
+        if offset % 4 != 0 {
+            return Err(MemoryError::BadBacking);
+        }
+        let place = self.place(backing, offset, 4)?;
+        // SAFETY: an aligned word inside a mapping that lives as long as self (sizes are multiples of
+        // 4096); it is memory shared with the guest, to which there are no references but atomic ones.
+        Ok(unsafe { AtomicU32::from_ptr(place.cast()) })
+    }
+
+    /// The host address of `length` bytes of a backing; they are mapped as long as self lives.
+    pub fn place(&self, backing: usize, offset: u64, length: u64) -> Result<*mut u8, MemoryError> {
+        let backings = self.backings.lock().unwrap();
+        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+        let end = offset.checked_add(length).ok_or(MemoryError::BadBacking)?;
+        if end > b.size {
+            return Err(MemoryError::BadBacking);
+        }
+        // SAFETY: the offset is inside the mapping.
+        Ok(unsafe { b.base.add(offset as usize) })
     }
 
     fn post_stale_code(&self, gfn: u64) {

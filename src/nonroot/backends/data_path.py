@@ -10,14 +10,18 @@ from nonroot.backends.image import Image
 from nonroot.backends.link import Link
 from nonroot.backends.netback import NetConnection, Offloads
 from nonroot.backends.netif import RX_REQUEST_BYTES, RX_RESPONSE_BYTES, TX_REQUEST_BYTES, TX_RESPONSE_BYTES
-from nonroot.backends.ring import BackRing, journal_bytes
+from nonroot.backends.ring import BackRing, Turn, journal_bytes
 from nonroot.xen.backend import GrantAccess
 
-__all__ = ["JOURNAL_BYTES", "CardPath", "DiskPath"]
+__all__ = ["JOURNAL_BYTES", "SHARED_BYTES", "TURN_OFFSET", "CardPath", "DiskPath"]
 
 MOST_RING_PAGES: Final = 4
 JOURNAL_BYTES: Final = 2 * journal_bytes(MOST_RING_PAGES)
 """Bytes of a device's journal: room for two rings."""
+TURN_OFFSET: Final = -(-JOURNAL_BYTES // 4096) * 4096
+"""Where the page with the rings' turns is, behind the journal."""
+SHARED_BYTES: Final = TURN_OFFSET + 4096
+"""Bytes of the file that holds both."""
 
 Notify = Callable[[], object]
 
@@ -38,13 +42,18 @@ class DiskPath:
         failed: Callable[[str], object],
         journal: memoryview | None = None,
         wake: int | None = None,
+        turn: Turn | None = None,
     ) -> None:
-        """RingError. ``abi``: the name of one of the layouts; ``wake``: an eventfd, the path's from now on."""
+        """
+        RingError. ``abi``: the name of one of the layouts; ``wake``: an eventfd, the path's from now on; ``turn``: says
+        when the ring is ours, if we share it; it is until the thread starts.
+        """
         layout = ABIS[abi]
         part = None if journal is None else journal[: JOURNAL_BYTES // 2]
-        self.ring = BackRing(pages, layout.request_bytes, layout.response_bytes, part)
+        self.ring = BackRing(pages, layout.request_bytes, layout.response_bytes, part, turn)
         self.connection = BlockConnection(self.ring, layout, grants, image, notify, persistent)
-        self.thread = DeviceThread(name, self.connection.step, failed=failed, wake=wake)
+        step = self.connection.step if turn is None else lambda: self.ring.in_turn(self.connection.step)
+        self.thread = DeviceThread(name, step, failed=failed, wake=wake)
 
     def stop(self) -> None:
         """End after the requests that are being done; what was mapped for them is given back."""

@@ -23,7 +23,7 @@ import traceback  # noqa: F401 - what it imports could not be found later
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nonroot.backends.data_path import JOURNAL_BYTES, CardPath, DiskPath
+from nonroot.backends.data_path import JOURNAL_BYTES, SHARED_BYTES, TURN_OFFSET, CardPath, DiskPath
 from nonroot.backends.handover import image_from
 from nonroot.backends.helper import run_helper
 from nonroot.backends.image import Image
@@ -32,7 +32,7 @@ from nonroot.backends.message import LostError, receive, send
 from nonroot.backends.netback import Offloads
 from nonroot.backends.pages import GuestPages, ProcessGrants
 from nonroot.backends.raw import RawImage
-from nonroot.backends.ring import RingError
+from nonroot.backends.ring import RingError, Turn
 from nonroot.confine import PLAIN, confine
 from nonroot.xen.backend import GrantError
 from nonroot.xen.grants import GrantTable
@@ -112,6 +112,8 @@ class Service:
         device = request["device"]
         wake, notify, journal, *files = descriptors
         grants = ProcessGrants(self._pages, self._table, self._access.tell)
+        turns = self._pages.memory.add_backing(journal, SHARED_BYTES)
+        shared = _journal(journal)
         path = DiskPath(
             device,
             _ring(grants, request["refs"]),
@@ -121,8 +123,9 @@ class Service:
             _notifier(notify),
             persistent=request["persistent"],
             failed=lambda reason: self._access.failed(device, reason),
-            journal=_journal(journal),
+            journal=shared,
             wake=wake,
+            turn=Turn(self._pages.memory, turns, TURN_OFFSET),
         )
         served = self._devices[device] = _Served(path, grants, image, [notify])
         served.start()

@@ -9,10 +9,13 @@ power of two. Source: xen/include/public/io/ring.h.
 """
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
-__all__ = ["HEADER_BYTES", "BackRing", "FrontRing", "RingError", "journal_bytes", "ring_slots"]
+from nonroot._engine import Memory
+
+__all__ = ["HEADER_BYTES", "BackRing", "FrontRing", "RingError", "Turn", "journal_bytes", "ring_slots"]
 
 HEADER_BYTES: Final = 64
 PAGE: Final = 4096
@@ -32,6 +35,41 @@ def _fence() -> None:
 
 class RingError(Exception):
     """The other end has broken the ring's rules. One sentence."""
+
+
+class Turn:
+    """
+    Whose turn a ring is that the engine serves, too, where that waits for nothing: two words of shared memory.
+
+    The first says who serves it: nobody, the engine, or us; the second is the index of the first request without a
+    response. The ring of a process that died in its turn stays the processes': the next one takes it up.
+    """
+
+    FREE: Final = 0
+    BACKEND: Final = 2
+
+    def __init__(self, memory: Memory, backing: int, at: int = 0) -> None:
+        """``at``: where the words are in that backing."""
+        self._memory, self._backing, self._at = memory, backing, at
+
+    def take(self) -> None:
+        """Wait until it is ours; the engine takes as long as it copies."""
+        exchange, backing, at = self._memory.compare_exchange, self._backing, self._at
+        while exchange(backing, at, self.FREE, self.BACKEND) not in (self.FREE, self.BACKEND):
+            time.sleep(20e-6)
+
+    def give(self) -> None:
+        """It is nobody's."""
+        self._memory.compare_exchange(self._backing, self._at, self.BACKEND, self.FREE)
+
+    @property
+    def index(self) -> int:
+        """Of the first request without a response."""
+        return self._memory.compare_exchange(self._backing, self._at + 4, 0, 0)
+
+    @index.setter
+    def index(self, value: int) -> None:
+        self._memory.compare_exchange(self._backing, self._at + 4, self.index, value)
 
 
 def journal_bytes(pages: int) -> int:
@@ -82,7 +120,12 @@ class BackRing(_Slots):
     """The backend's end. For one thread."""
 
     def __init__(
-        self, pages: Sequence[memoryview], request_bytes: int, response_bytes: int, journal: memoryview | None = None
+        self,
+        pages: Sequence[memoryview],
+        request_bytes: int,
+        response_bytes: int,
+        journal: memoryview | None = None,
+        turn: Turn | None = None,
     ) -> None:
         """
         Attach to a ring in ``pages`` (4096 bytes each, writable).
@@ -90,8 +133,11 @@ class BackRing(_Slots):
         Requests without a response count as new: a backend that takes over from a dead one does them again. RingError
         if the indices cannot be right. ``journal``: :func:`journal_bytes` of memory, zeros at first, that outlives this
         process: a response takes the place of its request in the ring before it is published, and who takes over
-        finds there what was being published.
+        finds there what was being published. ``turn``: if the engine serves the ring, too.
         """
+        self._turn = turn
+        if turn is not None:
+            turn.take()
         super().__init__(pages, request_bytes, response_bytes)
         self._ready: list[bytes] = []
         self._journal = journal
@@ -99,6 +145,9 @@ class BackRing(_Slots):
         self._published = self.words[RSP_PROD]
         self._recover()
         self._consumed = self._produced = self._published
+        if turn is not None:
+            turn.index = self._consumed
+            turn.give()
         self.pending()
 
     def _recover(self) -> None:
@@ -112,6 +161,17 @@ class BackRing(_Slots):
                 self.write(base + number & _MASK, bytes(self._journal[at : at + self._response]))
             self._published = self.words[RSP_PROD] = base + count & _MASK
         self._journal_words[0] = 0
+
+    def in_turn(self, step: Callable[[], bool]) -> bool:
+        """Do a ``step`` that answers what it takes, when it is our turn. RingError; then the turn stays ours."""
+        turn = self._turn
+        assert turn is not None
+        turn.take()
+        self._consumed = self._produced = self._published = turn.index
+        more = step()
+        turn.index = self._consumed
+        turn.give()
+        return more
 
     def pending(self) -> int:
         """Requests that have not been taken. RingError if there are more than the ring can hold."""

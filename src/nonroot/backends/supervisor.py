@@ -10,15 +10,17 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from nonroot.backends.data_path import JOURNAL_BYTES
+from nonroot.backends.data_path import SHARED_BYTES, TURN_OFFSET
 from nonroot.backends.helper import Helper, start_helper
 from nonroot.backends.message import LostError, message_pair, receive, send
+from nonroot.backends.ring import Turn
 from nonroot.errors import NonrootError
 from nonroot.xen.sharing import Sharing
 
@@ -49,7 +51,8 @@ class Served:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.notify_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(ports)]
         self.journal = os.memfd_create("nonroot-journal", os.MFD_CLOEXEC)
-        os.ftruncate(self.journal, JOURNAL_BYTES)
+        os.ftruncate(self.journal, SHARED_BYTES)
+        os.pwrite(self.journal, Turn.BACKEND.to_bytes(4, sys.byteorder), TURN_OFFSET)
         self._descriptors = list(descriptors)
         self._lock = threading.Lock()
         self.notify: list[Callable[[], object]] = []

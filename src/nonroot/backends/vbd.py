@@ -6,6 +6,7 @@ from typing import Final
 from nonroot.backends.blkback import MOST_INDIRECT, BlockConnection
 from nonroot.backends.blkif import ABIS, SECTOR
 from nonroot.backends.data_path import DiskPath
+from nonroot.backends.direct import DirectDisk, serve_disk
 from nonroot.backends.handover import describe_image
 from nonroot.backends.image import Image
 from nonroot.backends.raw import RawImage
@@ -13,6 +14,7 @@ from nonroot.backends.supervisor import BackendProcess, Served
 from nonroot.backends.vdev import vdev_number
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
 from nonroot.xen.backend import FrontendAccess
+from nonroot.xen.host import XenHost
 
 __all__ = ["BlockDevice", "create_vbd"]
 
@@ -59,6 +61,7 @@ class BlockDevice(BackendDevice):
         self._process = process
         self._path: DiskPath | None = None
         self._served: Served | None = None
+        self._direct: DirectDisk | None = None
 
     def features(self) -> dict[str, str]:
         """What Linux's backend says, too."""
@@ -99,6 +102,10 @@ class BlockDevice(BackendDevice):
             facts = {"abi": abi.name, "refs": references, "persistent": persistent, "image": description}
             self._served = Served(name, {"op": "disk", **facts}, files, self._failed, 1)
             self.serve(self._process, self._served, [port_number])
+            if isinstance(self.image, RawImage) and isinstance(self.access, XenHost):
+                self._direct = serve_disk(
+                    self.access, self.map_ring, port_number, references, abi.name, self.image, self._served.journal
+                )
         else:
             self._path = DiskPath(
                 name,
@@ -127,6 +134,9 @@ class BlockDevice(BackendDevice):
 
     def disconnect(self) -> None:
         """Stop after the requests that are being done."""
+        if self._direct is not None:
+            self._direct.stop()
+            self._direct = None
         if self._path is not None:
             self._path.stop()
             self._path = None
@@ -140,6 +150,8 @@ class BlockDevice(BackendDevice):
             self.image.look_again()
         if self._served is not None and self._process is not None:
             self._process.resized(self._served)
+        if self._direct is not None and isinstance(self.image, RawImage):
+            self._direct.resized(self.image)
         self.republish(self._size_keys())
 
     def release(self) -> None:

@@ -173,10 +173,10 @@ class BackendDevice:
             self._mapped.append(reference)
         return pages
 
-    def bind(self, port: int, on_event: Callable[[], object]) -> EventChannelPort:
+    def bind(self, port: int, on_event: Callable[[], object], bell: int | None = None) -> EventChannelPort:
         """An event channel of the frontend's. BadFrontendError."""
         try:
-            bound = self.access.bind_interdomain(port, on_event)
+            bound = self.access.bind_interdomain(port, on_event, bell)
         except EventChannelError as error:
             raise BadFrontendError(f"the frontend's event channel cannot be bound: {error}") from None
         self.ports.append(bound)
@@ -184,7 +184,7 @@ class BackendDevice:
 
     def serve(self, process: BackendProcess, served: Served, ports: list[int]) -> None:
         """Have a process serve the connected device, whose events are those of ``ports``. BadFrontendError."""
-        bound = [self.bind(port, served.wake) for port in ports]
+        bound = [self.bind(port, served.wake, served.wake_fd) for port in ports]
         served.notify = [bound[min(index, len(bound) - 1)].notify for index in range(len(served.notify_fds))]
         error = process.serve(served)
         if error is not None:

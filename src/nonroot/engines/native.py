@@ -20,6 +20,9 @@ __all__ = ["AUDIT", "InterpretEngine", "LockstepEngine", "NativeVcpu", "Translat
 SWITCHES: Final = "NONROOT_TRANSLATE"
 """Environment variable: ``-chain,-page-groups`` switches these optimisations off, as ``--off`` does."""
 
+XEN_PATH: Final = "xen-path"
+"""The optimisation that serves a part of Xen in the engine."""
+
 AUDIT: Final = "NONROOT_AUDIT"
 """
 Environment variable: a number N makes the engines compare all that they have cached (translations, decoded code, where
@@ -31,8 +34,9 @@ invalidation. A difference ends the domain with an internal error. For tests: it
 class NativeVcpu:
     """A vCPU of a Rust engine; see :class:`nonroot.engines.protocol.Vcpu`."""
 
-    def __init__(self, raw: _engine.Vcpu) -> None:
+    def __init__(self, raw: _engine.Vcpu, has_xen_path: bool = False) -> None:
         self.raw: Final = raw
+        self._has_xen_path = has_xen_path
         # The hot and simple calls go straight through.
         self._run = raw.run
         self.complete = raw.complete
@@ -77,6 +81,13 @@ class NativeVcpu:
     def statistics(self) -> Mapping[str, int]:
         return self.raw.statistics()
 
+    def xen_path(self, memory: _engine.Memory, shared: tuple[int, int]) -> _engine.XenPath | None:
+        """What does a part of Xen's work in the engine, for a domain with this one vCPU; None: it is switched off.
+
+        ``shared``: (backing, offset) of the domain's shared page.
+        """
+        return _engine.XenPath(memory, [self.raw], shared) if self._has_xen_path else None
+
 
 class InterpretEngine:
     """The portable, exact engine: the judge of the others."""
@@ -85,6 +96,7 @@ class InterpretEngine:
     capabilities: frozenset[Capability] = frozenset(Capability)
     _translates: bool = False
     _more: Mapping[str, Any] = {}
+    _has_xen_path: bool = False
 
     @property
     def cpu_features(self) -> frozenset[str]:
@@ -134,7 +146,8 @@ class InterpretEngine:
             raw = _engine.Vcpu(memory, apic_id, leaves, policy.msrs(), raw_options)
         except ValueError as error:
             raise BadOptionError(str(error)) from None
-        return NativeVcpu(raw)
+        has_xen_path = self._has_xen_path and options.virtual_time is None and XEN_PATH not in raw_options["off"]
+        return NativeVcpu(raw, has_xen_path)
 
 
 class TranslateEngine(InterpretEngine):
@@ -146,6 +159,7 @@ class TranslateEngine(InterpretEngine):
 
     name = "translate"
     _translates = True
+    _has_xen_path = True
 
     def _switched_off(self) -> frozenset[str]:
         names = os.environ.get(SWITCHES, "").replace(",", " ").split()
@@ -158,4 +172,5 @@ class LockstepEngine(TranslateEngine):
     """The translator, every block of which is compared with the interpreter: for finding its faults, and very slow."""
 
     name = "lockstep"
+    _has_xen_path = False
     _more: Mapping[str, Any] = {"lockstep": True}

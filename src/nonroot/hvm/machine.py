@@ -12,7 +12,7 @@ from threading import Condition, get_ident
 from typing import Final
 from weakref import finalize
 
-from nonroot._engine import Memory
+from nonroot._engine import Memory, XenPath
 from nonroot.boot.plan import BootPlan, plan_boot
 from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
 from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
@@ -245,8 +245,14 @@ class Machine:
             shutdown=self._xen_shutdown,
             console=lambda data: outputs.console(0, data),
             debug=outputs.debug,
+            make_path=self._make_xen_path,
         )
         return XenHost(xen, surroundings)
+
+    def _make_xen_path(self, shared: tuple[int, int]) -> XenPath | None:
+        maker = getattr(self.vcpu, "xen_path", None)
+        path = None if maker is None else maker(self.memory, shared)
+        return path if isinstance(path, XenPath) else None
 
     def _add_bare_8042(self) -> None:
         """Nothing is plugged in, but systems switch A20 and reset the machine by it."""
@@ -588,7 +594,11 @@ class Machine:
         self.vcpu.flush()
 
     def statistics(self) -> dict[str, int]:
-        """Exits by kind (``exit.PortIo`` …) and device events (``event.uart0.unknown-register`` …)."""
+        """Exits by kind (``exit.PortIo`` …), device events (``event.uart0.unknown-register`` …), and what of Xen was
+        done without an exit (``xen.notifications`` …).
+        """
         result = {f"exit.{kind.__name__}": count for kind, count in self.exit_counts.items() if count}
         result |= {f"event.{device}.{event}": count for (device, event), count in self.events.items()}
+        if self.xen is not None and self.xen.path is not None:
+            result |= {f"xen.{name}": count for name, count in self.xen.path.statistics().items()}
         return result

@@ -85,11 +85,15 @@ class FrontendAccess(Protocol):
     def grants(self) -> GrantAccess:
         """What it has granted to the backend's domain."""
 
-    def bind_interdomain(self, remote_port: int, on_event: Callable[[], object]) -> EventChannelPort:
+    def bind_interdomain(
+        self, remote_port: int, on_event: Callable[[], object], bell: int | None = None
+    ) -> EventChannelPort:
         """
         Bind to a port that the guest allocated for the backend's domain.
 
         ``on_event`` is called once at the end of the binding (what happened before it is not lost) and then at each
         notification of the guest. It is called in the vCPU's thread, so it must be quick and must not raise: set an
-        event, write an eventfd. EventChannelError if the guest has no such port, or not for this backend.
+        event, write an eventfd. If all that it does is to write an eventfd, ``bell`` is that: it, or a copy of it, may
+        be written instead until the port is closed. EventChannelError if the guest has no such port, or not for this
+        backend.
         """

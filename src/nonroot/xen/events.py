@@ -13,7 +13,8 @@ from enum import IntEnum
 from threading import RLock
 from typing import Final
 
-from nonroot.xen.abi import DOMID_SELF, GLOBAL_VIRQS, PER_VCPU_VIRQS, VIRQS, Errno, HypercallError
+from nonroot._engine import XenPath
+from nonroot.xen.abi import DOMID_SELF, GLOBAL_VIRQS, PER_VCPU_VIRQS, VIRQS, Errno, HypercallError, Virq
 from nonroot.xen.backend import EventChannelError
 from nonroot.xen.shared import SharedInfo
 
@@ -49,11 +50,20 @@ class Port:
 class BackendPort:
     """A backend's end; see :class:`nonroot.xen.backend.EventChannelPort`."""
 
-    def __init__(self, channels: "EventChannels", guest_port: int, number: int, on_event: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        channels: "EventChannels",
+        guest_port: int,
+        number: int,
+        on_event: Callable[[], object],
+        bell: int | None = None,
+    ) -> None:
         self.guest_port = guest_port
         self.number = number
         """Its number in the backend's domain."""
         self.on_event = on_event
+        self.bell = bell
+        """The eventfd that ``on_event`` writes, if that is all that it does."""
         self._channels = channels
 
     def notify(self) -> None:
@@ -68,8 +78,19 @@ class BackendPort:
 class EventChannels:
     """All event channels of one domain. Any thread."""
 
-    def __init__(self, shared: SharedInfo, domid: int, vcpus: int, tell: Callable[[int], object]) -> None:
-        """``tell(vcpu)``: upcall_pending of that vCPU has been set; called in any thread."""
+    def __init__(
+        self,
+        shared: SharedInfo,
+        domid: int,
+        vcpus: int,
+        tell: Callable[[int], object],
+        path: XenPath | None = None,
+    ) -> None:
+        """
+        ``tell(vcpu)``: upcall_pending of that vCPU has been set; called in any thread. ``path``: does what it can of
+        this without us, and is told of every change.
+        """
+        self._path = path
         self._shared = shared
         self._domid = domid
         self._vcpus = vcpus
@@ -94,6 +115,7 @@ class EventChannels:
                 raise HypercallError(Errno.EINVAL)
             port = self._new(Port(Kind.INTERDOMAIN, remote=self._domid, remote_port=remote_port))
             other.kind, other.remote_port = Kind.INTERDOMAIN, port
+            self._show(remote_port)
             self._raise(port)
             return port
 
@@ -109,6 +131,8 @@ class EventChannels:
                 raise HypercallError(Errno.EEXIST)
             port = self._new(Port(Kind.VIRQ, vcpu, virq=virq))
             self._virqs[virq, vcpu] = port
+            if self._path is not None and virq == Virq.TIMER:
+                self._path.timer(vcpu, port)
             return port
 
     def bind_ipi(self, vcpu: int) -> int:
@@ -125,6 +149,7 @@ class EventChannels:
             if found.kind == Kind.IPI or (found.kind == Kind.VIRQ and found.virq in PER_VCPU_VIRQS):
                 raise HypercallError(Errno.EINVAL)
             found.vcpu = vcpu
+            self._show(port)
 
     def close(self, port: int) -> None:
         """Free a port; the other end becomes unbound."""
@@ -135,6 +160,7 @@ class EventChannels:
                 other = self._ports.get(found.remote_port)
                 if other is not None:
                     other.kind, other.remote_port = Kind.UNBOUND, 0
+                    self._show(found.remote_port)
             self._shared.clear_pending(port)
 
     def send(self, port: int) -> None:
@@ -185,15 +211,18 @@ class EventChannels:
         """Whether a port's event is pending."""
         return self._shared.is_pending(port)
 
-    def bind_backend(self, port: int, on_event: Callable[[], object], domid: int = BACKEND_DOMID) -> BackendPort:
+    def bind_backend(
+        self, port: int, on_event: Callable[[], object], domid: int = BACKEND_DOMID, bell: int | None = None
+    ) -> BackendPort:
         """Connect a backend to a port that waits for it, and tell it at once. EventChannelError."""
         with self._lock:
             found = self._ports.get(port)
             if found is None or found.kind != Kind.UNBOUND or found.remote != domid:
                 raise EventChannelError(f"the domain has no event channel {port} that waits for domain {domid}")
-            backend = BackendPort(self, port, self._next_backend_port, on_event)
+            backend = BackendPort(self, port, self._next_backend_port, on_event, bell)
             self._next_backend_port += 1
             found.kind, found.backend, found.remote_port = Kind.INTERDOMAIN, backend, backend.number
+            self._show(port)
         on_event()
         return backend
 
@@ -210,6 +239,7 @@ class EventChannels:
             found = self._ports.get(backend.guest_port)
             if found is not None and found.backend is backend:
                 found.kind, found.backend, found.remote_port = Kind.UNBOUND, None, 0
+                self._show(backend.guest_port)
 
     # ── inside, with the lock held ──
 
@@ -224,7 +254,26 @@ class EventChannels:
             raise HypercallError(Errno.ENOSPC)
         self._shared.clear_pending(number)
         self._ports[number] = port
+        self._show(number)
         return number
+
+    def _show(self, number: int) -> None:
+        """Tell the path what a port is now."""
+        path, port = self._path, self._ports.get(number)
+        if path is None:
+            return
+        if port is None:
+            path.closed(number)
+        elif port.kind == Kind.UNBOUND:
+            path.unbound(number, port.vcpu)
+        elif port.kind == Kind.IPI:
+            path.raises(number, port.vcpu, number)
+        elif port.kind == Kind.INTERDOMAIN and port.backend is None:
+            path.raises(number, port.vcpu, port.remote_port)
+        elif port.kind == Kind.INTERDOMAIN and port.backend is not None and port.backend.bell is not None:
+            path.bell(number, port.vcpu, port.backend.bell)
+        else:
+            path.foreign(number, port.vcpu)
 
     def _get(self, port: int) -> Port:
         found = self._ports.get(port)
@@ -234,6 +283,9 @@ class EventChannels:
 
     def _forget(self, number: int, port: Port) -> None:
         del self._ports[number]
+        self._show(number)
+        if self._path is not None and port.kind == Kind.VIRQ and port.virq == Virq.TIMER:
+            self._path.timer(port.vcpu, 0)
         if port.kind == Kind.VIRQ:
             self._virqs.pop((port.virq, port.vcpu if port.virq in PER_VCPU_VIRQS else 0), None)
 

@@ -176,6 +176,14 @@ class BackendGrants:
             self._mappings[ref, readonly] = mapping
             return mapping.view
 
+    def place(self, ref: int) -> Page:
+        """Where a page is that is mapped. GrantError if it is not."""
+        with self._lock:
+            mapping = self._mappings.get((ref, False)) or self._mappings.get((ref, True))
+            if mapping is None:
+                raise GrantError(f"grant {ref} is not mapped", GrantStatus.BAD_HANDLE)
+            return self._page(ref, mapping.gfn, not mapping.readonly)
+
     def unmap(self, ref: int) -> None:
         """Undo one :meth:`map`. GrantError if it is not mapped."""
         with self._lock:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from nonroot._engine import Memory
+from nonroot._engine import Memory, XenPath
 from nonroot.hvm.device import Clock, Events, IrqLine
 from nonroot.hvm.memory_map import MemoryMap
 from nonroot.xen.abi import (
@@ -30,7 +30,16 @@ from nonroot.xen.grant_ops import GrantOps
 from nonroot.xen.grants import BackendGrants, GrantTable
 from nonroot.xen.hvm_ops import HvmOps
 from nonroot.xen.layout import ABI32, ABI64
-from nonroot.xen.memory import CONSOLE, SPECIAL_FRAMES, SPECIAL_GFN, STORE, Physmap, Words
+from nonroot.xen.memory import (
+    CONSOLE,
+    SHARED_INFO,
+    SPECIAL_FRAMES,
+    SPECIAL_GFN,
+    STORE,
+    Physmap,
+    Place,
+    Words,
+)
 from nonroot.xen.memory_ops import MemoryOps
 from nonroot.xen.sched_ops import SchedOps, Sleeper
 from nonroot.xen.shared import SharedInfo
@@ -104,6 +113,8 @@ class Surroundings:
     """Takes what the guest writes to hvc0."""
     debug: Callable[[bytes], object]
     """Takes what the guest writes to the hypervisor's own console."""
+    make_path: Callable[[Place], XenPath | None] = lambda shared: None
+    """What does a part of this without us, if the engine has it; its argument is the shared page."""
 
 
 class XenHost:
@@ -120,9 +131,13 @@ class XenHost:
         memory, clock, vcpus = machine.memory, machine.clock, machine.vcpus
         count = len(vcpus)
         self.physmap = Physmap(memory, machine.files)
-        self.shared = SharedInfo(self.physmap, count, machine.tsc_khz, machine.wall_ns)
-        self.upcalls = Upcalls(vcpus, clock, self.shared.upcall_pending, machine.gsi, machine.intx, machine.in_thread)
-        self.channels = EventChannels(self.shared, config.domid, count, self.upcalls.tell)
+        self.path = machine.make_path(self.physmap.own(SHARED_INFO))
+        """Does a part of all this in the engine; None: nobody does."""
+        self.shared = SharedInfo(self.physmap, count, machine.tsc_khz, machine.wall_ns, self.path)
+        self.upcalls = Upcalls(
+            vcpus, clock, self.shared.upcall_pending, machine.gsi, machine.intx, machine.in_thread, self.path
+        )
+        self.channels = EventChannels(self.shared, config.domid, count, self.upcalls.tell, self.path)
         self.table = GrantTable(self.physmap)
         self.grants = BackendGrants(self.table, self.physmap, BACKEND_DOMID)
         """What the domain has granted to domain 0."""
@@ -228,6 +243,8 @@ class XenHost:
     def reset(self) -> None:
         """The machine starts again: as at power-on. Backends lose their channels and grants."""
         self.channels.reset()
+        if self.path is not None:
+            self.path.reset()
         self.grants.close()
         self._grant_ops.reset()
         self.upcalls.reset()
@@ -239,9 +256,11 @@ class XenHost:
 
     # ── for backends; see nonroot.xen.backend.FrontendAccess ──
 
-    def bind_interdomain(self, remote_port: int, on_event: Callable[[], object]) -> EventChannelPort:
+    def bind_interdomain(
+        self, remote_port: int, on_event: Callable[[], object], bell: int | None = None
+    ) -> EventChannelPort:
         """Bind to a port that the guest allocated for domain 0. Any thread."""
-        return self.channels.bind_backend(remote_port, on_event)
+        return self.channels.bind_backend(remote_port, on_event, bell=bell)
 
     def attach_store(
         self, feed: Callable[[bytes], object], room: Callable[[], bool] = lambda: True

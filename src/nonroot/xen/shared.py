@@ -8,6 +8,7 @@ Source: Xen's public/xen.h and vcpu.h; xen/arch/x86/time.c for the protocol of t
 
 from typing import Final
 
+from nonroot._engine import XenPath
 from nonroot.xen.abi import PAGE_SIZE, Errno, HypercallError, tsc_scale
 from nonroot.xen.layout import ABI64, LEGACY_VCPUS, TIME, TIME_RECORD, TIME_STABLE, VCPU_INFO_SIZE, Abi
 from nonroot.xen.memory import SHARED_INFO, Physmap, Place, Words
@@ -20,8 +21,9 @@ SECOND: Final = 1_000_000_000
 class SharedInfo:
     """The shared page of a domain and its vCPUs' parts of it. Any thread, but ``use_abi`` and ``register``."""
 
-    def __init__(self, physmap: Physmap, vcpus: int, tsc_khz: int, wall_ns: int) -> None:
-        """``wall_ns``: UTC when machine time was 0."""
+    def __init__(self, physmap: Physmap, vcpus: int, tsc_khz: int, wall_ns: int, path: XenPath | None = None) -> None:
+        """``wall_ns``: UTC when machine time was 0. ``path``: is told where everything is."""
+        self._path = path
         self.abi: Abi = ABI64
         """The layout that the guest uses."""
         self._physmap = physmap
@@ -39,13 +41,22 @@ class SharedInfo:
         self.abi = ABI64
         self._registered.clear()
         self._infos = [self._page.plus(VCPU_INFO_SIZE * v) if v < LEGACY_VCPUS else None for v in range(self._vcpus)]
+        self._show()
         self.refresh()
 
     def use_abi(self, abi: Abi) -> None:
         """The guest has shown which layout it uses. Pending bits are not carried over, as in Xen."""
         if abi is not self.abi:
             self.abi = abi
+            self._show()
             self.refresh()
+
+    def _show(self) -> None:
+        """Tell the path where everything is."""
+        if self._path is not None:
+            self._path.layout(self.abi.bits, self.abi.pending, self.abi.mask, self.abi.selector)
+            for vcpu, info in enumerate(self._infos):
+                self._path.info(vcpu, info)
 
     def refresh(self) -> None:
         """Write clock and wall clock."""
@@ -79,6 +90,7 @@ class SharedInfo:
         self._words.store_bytes(new.plus(TIME), self.time_record())
         self._infos[vcpu] = new
         self._registered.add(vcpu)
+        self._show()
         self._physmap.memory.touch(gfn)
 
     # ── pending bits ──

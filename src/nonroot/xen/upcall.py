@@ -9,6 +9,7 @@
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from nonroot._engine import XenPath
 from nonroot.hvm.device import Clock, IrqLine
 from nonroot.xen.abi import CallbackType
 
@@ -39,11 +40,14 @@ class Upcalls:
         gsi: Callable[[int], IrqLine],
         intx: Callable[[int, int], IrqLine],
         in_thread: Callable[[Callable[[], object]], object],
+        path: XenPath | None = None,
     ) -> None:
         """
         ``pending(vcpu)``: upcall_pending. ``gsi(n)`` and ``intx(slot, pin)``: drivers of lines, or ValueError.
         ``in_thread(f)``: have f called in the vCPU's thread, at once if this is it.
+        ``path``: is told of vectors: those vCPUs it tells itself.
         """
+        self._path = path
         self._vcpus = vcpus
         self._clock = clock
         self._pending = pending
@@ -60,6 +64,9 @@ class Upcalls:
     def reset(self) -> None:
         """As at power-on: nobody is told of anything."""
         self._release()
+        for vcpu in self._vectors:
+            if self._path is not None:
+                self._path.vector(vcpu, 0)
         self._vectors.clear()
         self._callback_vector, self._line = 0, None
 
@@ -68,6 +75,8 @@ class Upcalls:
         if not LOWEST_VECTOR <= vector <= 0xFF or not 0 <= vcpu < len(self._vcpus):
             return False
         self._vectors[vcpu] = vector
+        if self._path is not None:
+            self._path.vector(vcpu, vector)
         self.tell(vcpu)
         return True
 

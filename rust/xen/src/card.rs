@@ -1,0 +1,1 @@
+//! A network card's packets from the guest.

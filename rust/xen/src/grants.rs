@@ -1,0 +1,62 @@
+//! What the guest has granted to domain 0. Source: Xen's public/grant_table.h.
+//!
+//! Nothing is marked here: the guest's only vCPU is in the hypercall that all this is a part of, so the
+//! guest takes nothing back meanwhile.
+
+use crate::ring::Place;
+use nonroot_memory::{Memory, P2M_FLAGS, P2M_PRESENT, P2M_WRITABLE, PAGE_SIZE};
+use std::sync::atomic::Ordering;
+
+const PERMIT: u32 = 1;
+const TYPE: u32 = 3;
+const READONLY: u32 = 4;
+const ENTRY: u64 = 8;
+
+/// The table.
+#[derive(Clone, Copy)]
+pub struct Grants {
+    /// Its first page.
+    pub table: Place,
+    /// Entries.
+    pub entries: u32,
+}
+
+/// A granted page.
+#[derive(Clone, Copy)]
+pub struct Page {
+    /// Its address in this process.
+    pub host: *mut u8,
+    /// The guest's frame.
+    pub gfn: u64,
+}
+
+impl Grants {
+    /// The page of a grant. None if there is no such grant, or not for that.
+    pub fn page(&self, memory: &Memory, reference: u32, write: bool) -> Option<Page> {
+        if reference >= self.entries {
+            return None;
+        }
+        let at = self.table.offset + u64::from(reference) * ENTRY;
+        let word = memory.word(self.table.backing, at).ok()?.load(Ordering::Acquire);
+        // The upper half is the domain that may use it: 0.
+        if word & TYPE != PERMIT || word >> 16 != 0 || (write && word & READONLY != 0) {
+            return None;
+        }
+        let gfn = u64::from(memory.word(self.table.backing, at + 4).ok()?.load(Ordering::Acquire));
+        let entry = memory.entry(gfn);
+        if entry & P2M_PRESENT == 0 || (write && entry & P2M_WRITABLE == 0) {
+            return None;
+        }
+        Some(Page { host: (entry & !P2M_FLAGS) as *mut u8, gfn })
+    }
+}
+
+/// Adds bytes of a page to a list for the kernel, joined to the last where they follow it.
+pub fn add_piece(pieces: &mut Vec<libc::iovec>, page: Page, offset: u64, length: u64) {
+    debug_assert!(offset + length <= PAGE_SIZE);
+    let host = page.host as usize + offset as usize;
+    match pieces.last_mut() {
+        Some(last) if last.iov_base as usize + last.iov_len == host => last.iov_len += length as usize,
+        _ => pieces.push(libc::iovec { iov_base: host as *mut libc::c_void, iov_len: length as usize }),
+    }
+}
