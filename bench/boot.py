@@ -232,21 +232,39 @@ def publish(report: dict[str, Any]) -> None:
     readme.write_text(before + start + "\n".join(lines) + "\n" + end + after)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="how many runs of each (default 5)")
-    parser.add_argument("--memory", type=int, default=128, help="the guest's memory in MiB (default 128)")
-    parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
-    parser.add_argument("--flavour", default="cloud-amd64", help="Debian's kernel flavour")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "boot.json")
-    parser.add_argument("--publish", action="store_true", help="write the README's table and docs/measurements")
+def comparison_parser(document: str | None, name: str, engine: str = "auto") -> argparse.ArgumentParser:
+    """The options of every benchmark that compares nonroot with QEMU and reports to ``NAME.json``."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="how many boots of each (default 5)")
+    parser.add_argument("--engine", default=engine, help=f"nonroot's engine (default {engine})")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / f"{name}.json")
+    parser.add_argument("--publish", action="store_true", help=f"also write docs/measurements/{name}.json")
     parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
+    return parser
+
+
+def parse_comparison(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's options. SystemExit if what they ask for is not installed."""
     options = parser.parse_args()
     if options.only != "nonroot" and not shutil.which(QEMU):
-        print(
-            f"bench: {QEMU} is not installed (Debian's package qemu-system-x86); or use --only nonroot", file=sys.stderr
-        )
-        return 1
+        sys.exit(f"bench: {QEMU} is not installed (Debian's package qemu-system-x86); or use --only nonroot")
+    return options
+
+
+def write_report(options: argparse.Namespace, name: str, report: dict[str, Any]) -> None:
+    """Write the JSON where it was asked for."""
+    text = json.dumps(report, indent=1) + "\n"
+    options.output.write_text(text)
+    if options.publish:
+        (ROOT / "docs" / "measurements" / f"{name}.json").write_text(text)
+    print(f"written to {options.output}")
+
+
+def main() -> int:
+    parser = comparison_parser(__doc__, "boot")
+    parser.add_argument("--memory", type=int, default=128, help="the guest's memory in MiB (default 128)")
+    parser.add_argument("--flavour", default="cloud-amd64", help="Debian's kernel flavour")
+    options = parse_comparison(parser)
     with progress_bar() as progress:
         guest = fetch(options.flavour, progress=progress)
     bench = Bench(guest, options.memory, options.output.parent, options.engine)

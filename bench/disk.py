@@ -12,12 +12,9 @@ that no real disk is measured. It is read five times in each boot; each figure i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,13 +25,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.boot import machine, qemu_version
+from bench.boot import QEMU, QEMU_CPU, comparison_parser, machine, parse_comparison, qemu_version, write_report
 from nonroot.boot.bzimage import parse_bzimage
 from nonroot.boot.payload import decompress
 from nonroot.guests import Guest, fetch, initramfs, progress_bar
 from nonroot.testing.modules import modules_archive
 
-ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
 MARK = re.compile(rb"BENCH: (begin|end) (\d+)\r?\n")
 INIT = """\
@@ -54,8 +50,6 @@ poweroff -f
 """
 APPEND = "console=ttyS0 quiet cryptomgr.notests mitigations=off panic=-1"
 TIMEOUT = 300.0  # seconds
-QEMU = "qemu-system-x86_64"
-QEMU_CPU = "max,-la57,-pku,-pks,-svm,-sha-ni,-3dnow,-3dnowext,-sse4a,-xsaves,+tsc-deadline,+x2apic"
 
 
 @dataclass(slots=True)
@@ -148,20 +142,10 @@ class Bench:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="how many boots of each (default 5)")
+    parser = comparison_parser(__doc__, "disk")
     parser.add_argument("--reads", type=int, default=5, help="how many reads in a boot (default 5)")
     parser.add_argument("--size", type=int, default=256, help="MiB to read (default 256)")
-    parser.add_argument("--engine", default="auto", help="nonroot's engine (default auto)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "disk.json")
-    parser.add_argument("--publish", action="store_true", help="also write docs/measurements/disk.json")
-    parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
-    options = parser.parse_args()
-    if options.only != "nonroot" and not shutil.which(QEMU):
-        print(
-            f"bench: {QEMU} is not installed (Debian's package qemu-system-x86); or use --only nonroot", file=sys.stderr
-        )
-        return 1
+    options = parse_comparison(parser)
     with progress_bar() as progress:
         guest = fetch("cloud-amd64", progress=progress)
     bench = Bench(guest, options.size * MIB, options.output.parent, options.engine, options.reads)
@@ -209,11 +193,7 @@ def main() -> int:
         ratios = [mine / theirs for mine, theirs in zip(middles["nonroot"], middles["QEMU"], strict=True)]
         report["ratios"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
         print(f"nonroot takes {statistics.median(ratios):.2f} of QEMU's time (median over the pairs)")
-    text = json.dumps(report, indent=1) + "\n"
-    options.output.write_text(text)
-    if options.publish:
-        (ROOT / "docs" / "measurements" / "disk.json").write_text(text)
-    print(f"written to {options.output}")
+    write_report(options, "disk", report)
     return 0
 
 

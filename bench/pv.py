@@ -13,8 +13,6 @@ JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import shutil
@@ -32,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.boot import QEMU, QEMU_CPU, ROOT, machine, qemu_version
+from bench.boot import QEMU, QEMU_CPU, comparison_parser, machine, parse_comparison, qemu_version, write_report
 from bench.userland import C_FLAGS, MissingToolError
 from nonroot.boot.bzimage import parse_bzimage
 from nonroot.boot.cpio import Cpio
@@ -216,19 +214,11 @@ class Bench:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="how many boots of each (default 5)")
+    parser = comparison_parser(__doc__, "pv", "translate")
     parser.add_argument(
         "--size", type=int, default=256, help="MiB of the disk; half of it for a transfer (default 256)"
     )
-    parser.add_argument("--engine", default="translate", help="nonroot's engine (default translate)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "pv.json")
-    parser.add_argument("--publish", action="store_true", help="also write docs/measurements/pv.json")
-    parser.add_argument("--only", choices=["nonroot", "qemu"], help="measure one of them alone")
-    options = parser.parse_args()
-    if options.only != "nonroot" and not shutil.which(QEMU):
-        print(f"bench: {QEMU} is not installed (Debian's package qemu-system-x86)", file=sys.stderr)
-        return 1
+    options = parse_comparison(parser)
     with progress_bar() as progress:
         guest = fetch("cloud-amd64", progress=progress)
     try:
@@ -257,11 +247,7 @@ def main() -> int:
         "runs": runs,
     }
     show(report)
-    text = json.dumps(report, indent=1) + "\n"
-    options.output.write_text(text)
-    if options.publish:
-        (ROOT / "docs" / "measurements" / "pv.json").write_text(text)
-    print(f"written to {options.output}")
+    write_report(options, "pv", report)
     return 0
 
 
