@@ -27,7 +27,7 @@ __asm__(".section .note.Xen, \"a\", @note\n"
 u8 stack[16384] __attribute__((aligned(16)));
 static u8 pages[4][4096] __attribute__((aligned(4096)));
 static u8 noise[4096] __attribute__((aligned(4096)));
-static u8 reply[4096];
+static u8 reply[8192]; /* a message has 4112 bytes at most */
 static u32 seed = 0x2545f491, request_id, console_port, store_port;
 static volatile u8 *console, *store;
 
@@ -126,14 +126,14 @@ static int ask(u32 type, const char *a, u32 a_length, const char *b, u32 b_lengt
                 call(SCHED_OP, 0, 0, 0, 0, 0);
                 continue;
             }
-            reply[got++ & 4095] = store[1024 + consumed % 1024];
+            reply[got++ & 8191] = store[1024 + consumed % 1024];
             *at(store, 2056) = consumed + 1;
             if (got == 16)
                 length = 16 + ((u32 *)reply)[3];
         }
         kick(store_port);
         if (((u32 *)reply)[0] != 15 && ((u32 *)reply)[1] == request_id) { /* no watch event */
-            reply[length & 4095] = 0;
+            reply[length & 8191] = 0;
             return ((u32 *)reply)[0] == 16 ? -1 : (int)length - 16;
         }
     }
@@ -312,7 +312,8 @@ static void requests(u32 times)
     }
 }
 
-static int told(const char *word, u32 start_info)
+/* What follows a word on the command line; 0 if the word is not there. */
+static const char *told(const char *word, u32 start_info)
 {
     const char *line = (const char *)*at((volatile u8 *)start_info, 24);
     for (; *line; line++) {
@@ -320,7 +321,7 @@ static int told(const char *word, u32 start_info)
         while (word[i] && line[i] == word[i])
             i++;
         if (!word[i])
-            return 1;
+            return line + i;
     }
     return 0;
 }
@@ -328,6 +329,9 @@ static int told(const char *word, u32 start_info)
 void guest(u32 start_info)
 {
     struct { u16 domid, count; u32 space, index, gfn; } place = { 0x7ff0, 0, 1, 0, GRANT_GFN };
+    const char *digits = told("seed=", start_info);
+    for (u32 value = 0; digits && *digits >= '0' && *digits <= '9'; seed = (2 * value + 1) * 0x9e3779b1)
+        value = value * 10 + *digits++ - '0';
     console = (volatile u8 *)(parameter(17) << 12);
     console_port = parameter(18);
     store = (volatile u8 *)(parameter(1) << 12);

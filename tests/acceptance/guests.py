@@ -21,7 +21,7 @@ from nonroot.toolstack.client import Toolstack
 from nonroot.xenstore.client import XenStore
 
 MIB = 1 << 20
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds for what takes a few on an idle machine."""
 
 READER = """stty -echo; dmesg -n 1; echo "rea""dy"; \

@@ -18,8 +18,21 @@ from typing import Any
 
 import pytest
 
+from nonroot.toolstack import place as toolstack_place
+from nonroot.xenstore import place
 from nonroot.xenstore.client import XenStore
-from tests.acceptance.guests import MIB, Console, allocated, children, dom0_pid, domains, store_tree, until, xl
+from tests.acceptance.guests import (
+    MIB,
+    PATIENCE,
+    Console,
+    allocated,
+    children,
+    dom0_pid,
+    domains,
+    store_tree,
+    until,
+    xl,
+)
 from tests.needed import need
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -144,7 +157,7 @@ def test_kill_9_of_domain_zero(two: Two, tmp_path: Path) -> None:
     two.one.sh(f"(while [ -e /tmp/data ]; do {writes}; done) &")
     two.other.sh("ping -i 0.2 10.8.0.1 > /tmp/pings 2>&1 & echo $! > /tmp/pid")
     until(lambda: len(two.one.sh("cat /tmp/written", status=None).split()) > 1)
-    tree = until(lambda: settled_tree())
+    tree = until(settled_tree)
     old = dom0_pid()
     os.kill(old, signal.SIGKILL)
     written = len(two.one.sh("cat /tmp/written").split())
@@ -178,6 +191,25 @@ def test_kill_9_of_domain_zero(two: Two, tmp_path: Path) -> None:
     xl("block-detach", "one", "xvdb")
     until(lambda: not disks("one"), what="the disk stays")
     assert hashlib.sha256(image.read_bytes()).hexdigest() == there.split()[0]
+
+
+def test_kill_9_of_xenstores_process(two: Two, tmp_path: Path) -> None:
+    """The next process has every node, and guests and toolstack go on with it."""
+    image = tmp_path / "late.img"
+    image.write_bytes(os.urandom(MIB))
+    tree = until(settled_tree)
+    process = int(place.lock_path().read_text())
+    os.kill(process, signal.SIGKILL)
+    assert until(settled_tree) == tree
+    assert int(place.lock_path().read_text()) != process
+    # Both ends of a new device meet there, so rings and watches work as before.
+    xl("block-attach", "one", f"{image},raw,xvdd,r")
+    until(lambda: [disk for disk in disks("one") if disk["state"] == "connected"])
+    digest = hashlib.sha256(image.read_bytes()).hexdigest()
+    assert two.one.sh("until [ -b /dev/xvdd ]; do sleep 0.1; done; sha256sum < /dev/xvdd").split()[0] == digest
+    xl("block-detach", "one", "xvdd")
+    until(lambda: not disks("one"), what="the disk stays")
+    assert ", 0% packet loss" in two.other.sh("ping -c 3 -i 0.2 -w 60 10.8.0.1")
 
 
 def disks(domain: str) -> list[dict[str, Any]]:
@@ -283,3 +315,23 @@ def test_floods_harm_nobody_else(two: Two, flood: Path, tmp_path: Path) -> None:
             until(lambda: str(number) not in store.ls("/local/domain"), what="nodes are left")  # noqa: B023
     assert two.pids() == before
     print(f"the slowest answer took {max(waits):.2f} s, the slowest ping {float(slowest):.0f} ms")
+
+
+@pytest.mark.soak
+def test_floods_of_other_noise(runtime: Path, flood: Path, tmp_path: Path) -> None:
+    """Another seed in each round: no noise ends a domain, or makes its processes complain."""
+    round_ = int(os.environ.get("NONROOT_SOAK_ROUND", "0"))
+    for number in range(2):
+        image = tmp_path / f"noise{number}.img"
+        image.write_bytes(bytes(MIB))
+        xl(
+            *("create", f"name=noise{number}", f"kernel={flood}", "memory=32", "nonroot_xen=1", "on_crash=preserve"),
+            *("on_poweroff=preserve", "on_reboot=preserve", f"cmdline=flood seed={1000 + 2 * round_ + number}"),
+            *(f"disk=['{image},raw,xvda,w']", "vif=['bridge=noise']"),
+        )
+    for number in range(2):
+        name = f"noise{number}"
+        until(lambda: rounds(name) >= 6 or domains()[name]["state"] != "running", 10 * PATIENCE)  # noqa: B023
+        assert domains()[name]["state"] == "running", xl("dmesg", name).out
+        assert (toolstack_place.logs_folder() / f"{name}.process").read_bytes() == b""
+        xl("destroy", name)
