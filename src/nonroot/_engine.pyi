@@ -178,6 +178,22 @@ class XenPath:
         serves the ring. ``grants``: (backing, offset) of the grant table, and its entries. ``image``: a descriptor of
         a file of ``end`` bytes, of which this keeps a copy. OSError, ValueError.
         """
+    def add_card(
+        self,
+        ports: tuple[int, int],
+        tx: tuple[int, int],
+        rx: tuple[int, int],
+        turn: tuple[int, int],
+        grants: tuple[int, int, int],
+        link: int,
+        alarm: int,
+    ) -> bool:
+        """Serve a card's rings, in a thread of its own and in the vCPU's, until something is not plainly right.
+
+        ``ports``: of packets and of frames. ``link``: a SOCK_SEQPACKET socket, ``alarm``: an eventfd of the thread's; of
+        both this keeps copies. The frontend takes all offloads. False if a port has no bell, or the guest is not told of
+        events by a vector. OSError, ValueError.
+        """
     def resize_disk(self, number: int, end: int) -> None: ...
     def remove(self, number: int) -> None:
         """Serve the port's device no more. When this returns, nothing of it is in use."""

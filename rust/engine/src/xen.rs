@@ -3,7 +3,7 @@
 use crate::memory::Memory;
 use crate::vcpu::Vcpu;
 use nonroot_interpret::state::{ar, cr0, efer, rflags, seg};
-use nonroot_xen::{Action, Disk, Grants, Layout, Path, Place, Port, Service, Turn};
+use nonroot_xen::{Action, Card, Disk, Grants, Layout, Path, Place, Port, Service, Turn};
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -36,6 +36,7 @@ pub struct XenPath {
     pub path: Arc<Path>,
     memory: Arc<nonroot_memory::Memory>,
     disks: Mutex<HashMap<u32, Arc<Disk>>>,
+    cards: Mutex<Vec<(Arc<Card>, [u32; 2])>>,
 }
 
 /// A descriptor of our own for the same open file.
@@ -48,6 +49,12 @@ fn own(fd: i32) -> PyResult<OwnedFd> {
     borrowed.try_clone_to_owned().map_err(|error| PyOSError::new_err(error.to_string()))
 }
 
+/// The page that says whose turn it is: a descriptor and an offset.
+fn turn_of((fd, offset): (i32, i64)) -> PyResult<Turn> {
+    Turn::map(fd, offset, 0)
+        .map_err(|errno| PyOSError::new_err((errno, "the page of the rings' turns cannot be mapped")))
+}
+
 fn place((backing, offset): (usize, u64)) -> Place {
     Place { backing, offset }
 }
@@ -55,6 +62,18 @@ fn place((backing, offset): (usize, u64)) -> Place {
 impl XenPath {
     fn disks(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Arc<Disk>>> {
         self.disks.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Ends the threads of a port's cards, or of all.
+    fn stop_cards(&self, number: Option<u32>) {
+        let mut cards = self.cards.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        cards.retain(|(card, ports)| {
+            let goes = number.is_none_or(|number| ports.contains(&number));
+            if goes {
+                card.stop();
+            }
+            !goes
+        });
     }
 
     fn set(&self, py: Python<'_>, number: u32, vcpu: usize, action: Action) {
@@ -82,7 +101,7 @@ impl XenPath {
             let _ = py;
             vcpu.get().attach_xen(path.clone())?;
         }
-        Ok(XenPath { path, memory: inner, disks: Mutex::default() })
+        Ok(XenPath { path, memory: inner, disks: Mutex::default(), cards: Mutex::default() })
     }
 
     fn layout(&self, bits: u32, pending: u64, mask: u64, selector: u64) -> PyResult<()> {
@@ -111,6 +130,7 @@ impl XenPath {
     fn closed(&self, py: Python<'_>, number: u32) {
         py.detach(|| self.path.set_port(number, None));
         self.disks().remove(&number);
+        self.stop_cards(Some(number));
     }
 
     fn foreign(&self, py: Python<'_>, number: u32, vcpu: usize) {
@@ -144,10 +164,9 @@ impl XenPath {
         writable: bool,
     ) -> PyResult<bool> {
         let places: Vec<Place> = pages.into_iter().map(place).collect();
-        let turn = Turn::map(turn.0, turn.1, 0)
-            .map_err(|errno| PyOSError::new_err((errno, "the ring's turn cannot be mapped")))?;
+        let turn = turn_of(turn)?;
         let grants = Grants { table: place((grants.0, grants.1)), entries: grants.2 };
-        let disk = Disk::new(&self.memory, &places, long, turn, grants, own(image)?, end, writable)
+        let disk = Disk::new(&self.memory, number, &places, long, turn, grants, own(image)?, end, writable)
             .map_err(|_| PyValueError::new_err("the ring's pages are not in a backing"))?;
         let disk = Arc::new(disk);
         let service: Arc<dyn Service> = disk.clone();
@@ -156,6 +175,41 @@ impl XenPath {
             self.disks().insert(number, disk);
         }
         Ok(added)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn add_card(
+        &self,
+        py: Python<'_>,
+        ports: (u32, u32),
+        tx: (usize, u64),
+        rx: (usize, u64),
+        turn: (i32, i64),
+        grants: (usize, u64, u32),
+        link: i32,
+        alarm: i32,
+    ) -> PyResult<bool> {
+        if !self.path.is_ready(0) {
+            return Ok(false);
+        }
+        let turn = turn_of(turn)?;
+        let grants = Grants { table: place((grants.0, grants.1)), entries: grants.2 };
+        let numbers = [ports.0, ports.1];
+        let card =
+            Card::new(&self.memory, place(tx), place(rx), numbers, turn, grants, own(link)?, own(alarm)?)
+                .map_err(|_| PyValueError::new_err("the rings' pages are not in a backing"))?;
+        let card = Arc::new(card);
+        let attached = py.detach(|| {
+            numbers.iter().all(|&number| self.path.attach(number, card.clone() as Arc<dyn Service>))
+        });
+        let (runner, path) = (card.clone(), Arc::downgrade(&self.path));
+        let thread = std::thread::Builder::new().name("nonroot-card".to_string());
+        if !attached || thread.spawn(move || runner.run(&path)).is_err() {
+            py.detach(|| numbers.iter().for_each(|&number| self.path.detach(number)));
+            return Ok(false);
+        }
+        self.cards.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((card, numbers));
+        Ok(true)
     }
 
     fn resize_disk(&self, number: u32, end: u64) {
@@ -167,6 +221,7 @@ impl XenPath {
     fn remove(&self, py: Python<'_>, number: u32) {
         py.detach(|| self.path.detach(number));
         self.disks().remove(&number);
+        self.stop_cards(Some(number));
     }
 
     fn send(&self, py: Python<'_>, number: u32) -> bool {
@@ -188,6 +243,7 @@ impl XenPath {
     fn reset(&self, py: Python<'_>) {
         py.detach(|| self.path.reset());
         self.disks().clear();
+        self.stop_cards(None);
     }
 
     fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -200,6 +256,9 @@ impl XenPath {
             requests += counts.0;
             bytes += counts.1;
         }
+        let cards = self.cards.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        out.set_item("card_packets", cards.iter().map(|(card, _)| card.counts().0).sum::<u64>())?;
+        out.set_item("card_bytes", cards.iter().map(|(card, _)| card.counts().1).sum::<u64>())?;
         out.set_item("disk_requests", requests)?;
         out.set_item("disk_bytes", bytes)?;
         Ok(out)

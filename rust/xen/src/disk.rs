@@ -28,6 +28,7 @@ const PENANCE: Duration = Duration::from_secs(1);
 
 /// A connected disk.
 pub struct Disk {
+    port: u32,
     ring: Ring,
     turn: Turn,
     grants: Grants,
@@ -60,10 +61,11 @@ struct Request {
 }
 
 impl Disk {
-    /// `places`: the ring's pages; `end`: bytes of the image.
+    /// `port`: the guest's; `places`: the ring's pages; `end`: bytes of the image.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         memory: &Arc<Memory>,
+        port: u32,
         places: &[Place],
         long: bool,
         turn: Turn,
@@ -74,6 +76,7 @@ impl Disk {
     ) -> Result<Disk, MemoryError> {
         let ring = Ring::new(memory, places, if long { 112 } else { 108 })?;
         Ok(Disk {
+            port,
             ring,
             turn,
             grants,
@@ -186,7 +189,7 @@ impl Disk {
 
 impl Service for Disk {
     fn serve(&self, memory: &Memory) -> Served {
-        let Some(mut index) = self.turn.take() else { return Served { tell: false, all: false } };
+        let Some(mut index) = self.turn.take() else { return Served::default() };
         let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let (mut tell, mut all, mut moved) = (false, false, 0);
         'rounds: loop {
@@ -210,7 +213,7 @@ impl Service for Disk {
         }
         self.bytes.fetch_add(moved, Ordering::Relaxed);
         self.turn.give(index);
-        Served { tell, all }
+        Served { raise: [tell.then_some(self.port), None], all }
     }
 
     fn counts(&self) -> (u64, u64) {

@@ -22,18 +22,17 @@ pub struct Layout {
 
 /// A device that is served here.
 pub trait Service: Send + Sync {
-    /// Does what the guest has asked for. `tell`: the guest wants to hear of it; `all`: nothing is
-    /// left for the backend.
+    /// Does what the guest has asked for.
     fn serve(&self, memory: &Memory) -> Served;
     /// Requests and bytes so far.
     fn counts(&self) -> (u64, u64);
 }
 
 /// What [`Service::serve`] did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
-    /// Raise the guest's event.
-    pub tell: bool,
+    /// Ports of the guest to raise.
+    pub raise: [Option<u32>; 2],
     /// Nothing is left for the backend.
     pub all: bool,
 }
@@ -190,9 +189,7 @@ impl Path {
             Action::Bell(bell) => ring_bell(bell),
             Action::Serve(bell, service) => {
                 let served = service.serve(&self.memory);
-                if served.tell {
-                    self.raise_in(&table, number);
-                }
+                served.raise.iter().flatten().for_each(|&port| self.raise_in(&table, port));
                 if !served.all {
                     ring_bell(bell);
                 }
@@ -200,6 +197,21 @@ impl Path {
         }
         self.sends.fetch_add(1, Ordering::Relaxed);
         true
+    }
+
+    /// Wakes the backend of a port.
+    pub fn ring(&self, number: u32) {
+        let table = self.table();
+        if let Some(Port { action: Action::Bell(bell) | Action::Serve(bell, _), .. }) =
+            table.ports.get(&number)
+        {
+            ring_bell(bell);
+        }
+    }
+
+    /// Whether all events of a vCPU can be delivered from here.
+    pub fn is_ready(&self, vcpu: usize) -> bool {
+        self.table().ready(vcpu)
     }
 
     /// The guest clears a port's mask. False if Python has to do it.

@@ -13,6 +13,7 @@ mod grants;
 mod ring;
 mod turn;
 
+pub use card::Card;
 pub use disk::Disk;
 pub use events::{Action, Layout, Path, Port, Served, Service};
 pub use grants::Grants;

@@ -53,6 +53,11 @@ impl Ring {
         unsafe { AtomicU32::from_ptr(self.pages[0].add(4 * index).cast()) }
     }
 
+    /// The index behind the last published response.
+    pub fn published(&self) -> u32 {
+        self.word(RSP_PROD).load(Ordering::Acquire)
+    }
+
     /// Requests from `index` on; None if there are more than the ring can hold.
     pub fn pending(&self, index: u32) -> Option<u32> {
         let count = self.word(REQ_PROD).load(Ordering::Acquire).wrapping_sub(index);

@@ -50,6 +50,16 @@ impl Turn {
         Some(self.word(1).load(Ordering::SeqCst))
     }
 
+    /// Whether the engine has it.
+    pub fn is_path(&self) -> bool {
+        self.word(0).load(Ordering::SeqCst) == PATH
+    }
+
+    /// The backend process has it for good.
+    pub fn leave(&self) {
+        self.word(0).store(BACKEND, Ordering::SeqCst);
+    }
+
     /// Gives it back.
     pub fn give(&self, index: u32) {
         self.word(1).store(index, Ordering::SeqCst);

@@ -79,14 +79,29 @@ class CardPath:
         failed: Callable[[str], object],
         journal: memoryview | None = None,
         wake: int | None = None,
+        turn: Turn | None = None,
     ) -> None:
-        """RingError."""
+        """RingError. ``turn``: says when the rings are ours, for good, if the engine serves them first."""
         half = JOURNAL_BYTES // 2
         tx_part, rx_part = (None, None) if journal is None else (journal[:half], journal[half : 2 * half])
-        self.tx = BackRing([tx_page], TX_REQUEST_BYTES, TX_RESPONSE_BYTES, tx_part)
-        self.rx = BackRing([rx_page], RX_REQUEST_BYTES, RX_RESPONSE_BYTES, rx_part)
+        self._turn = turn
+        standby = turn is not None
+        self.tx = BackRing([tx_page], TX_REQUEST_BYTES, TX_RESPONSE_BYTES, tx_part, standby=standby)
+        self.rx = BackRing([rx_page], RX_REQUEST_BYTES, RX_RESPONSE_BYTES, rx_part, standby=standby)
         self.connection = NetConnection(self.tx, self.rx, grants, link, notify_tx, notify_rx, offloads)
-        self.thread = DeviceThread(name, self.connection.step, self.connection.interest, failed, wake)
+        self.thread = DeviceThread(name, self._step, self._interest, failed, wake)
+
+    def _interest(self) -> list[tuple[int, int]]:
+        return [] if self._turn is not None else self.connection.interest()
+
+    def _step(self) -> bool:
+        if self._turn is not None:
+            if self._turn.is_lent:
+                return False
+            self._turn = None
+            self.tx.resume()
+            self.rx.resume()
+        return self.connection.step()
 
     def stop(self) -> None:
         """End; the link stays open."""

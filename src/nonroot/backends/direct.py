@@ -6,16 +6,23 @@ than it would tell somebody else of it. The engine does that for requests that a
 process's, which alone refuses anything. The two take turns (:class:`nonroot.backends.ring.Turn`).
 """
 
+import os
 from collections.abc import Callable, Sequence
 
 from nonroot.backends.blkif import SECTOR
 from nonroot.backends.data_path import TURN_OFFSET
 from nonroot.backends.raw import RawImage
+from nonroot.xen.backend import FrontendAccess
 from nonroot.xen.grants import ENTRIES
 from nonroot.xen.host import XenHost
 from nonroot.xen.memory import FIRST_GRANT, GRANT_FRAMES
 
-__all__ = ["DirectDisk", "serve_disk"]
+__all__ = ["DirectCard", "DirectDisk", "can_be_direct", "serve_card", "serve_disk"]
+
+
+def can_be_direct(access: FrontendAccess) -> bool:
+    """Whether the domain's engine can serve devices."""
+    return isinstance(access, XenHost) and access.path is not None
 
 
 class DirectDisk:
@@ -33,6 +40,53 @@ class DirectDisk:
         """The process does everything; when this returns, nothing of the disk is in use here."""
         if self._host.path is not None:
             self._host.path.remove(self._port)
+
+
+class DirectCard:
+    """A card that is served so; see :func:`serve_card`."""
+
+    def __init__(self, host: XenHost, ports: Sequence[int]) -> None:
+        self._host, self._ports = host, ports
+
+    def stop(self) -> None:
+        """When this returns, nothing of the card is in use here."""
+        for port in self._ports:
+            if self._host.path is not None:
+                self._host.path.remove(port)
+
+
+def _grant_table(host: XenHost) -> tuple[int, int, int]:
+    table = host.physmap.own(FIRST_GRANT)
+    return table.backing, table.offset, GRANT_FRAMES * ENTRIES
+
+
+def serve_card(
+    host: XenHost,
+    map_ring: Callable[[list[int]], object],
+    ports: Sequence[int],
+    tx: int,
+    rx: int,
+    link: int,
+    shared: int,
+) -> DirectCard | None:
+    """
+    Have a connected card's packets moved by the engine. None if it does not do that.
+
+    ``ports``: one, or those of ``tx`` and ``rx``, which are the rings' grants: ``map_ring`` maps them here for as long
+    as the card is connected. ``shared``: the file with the turns, which say that the engine has it.
+    """
+    path = host.path
+    if path is None:
+        return None
+    map_ring([tx, rx])
+    tx_place, rx_place = host.grants.place(tx), host.grants.place(rx)
+    alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        numbers = (ports[0], ports[-1])
+        added = path.add_card(numbers, tx_place, rx_place, (shared, TURN_OFFSET), _grant_table(host), link, alarm)
+    finally:
+        os.close(alarm)
+    return DirectCard(host, ports) if added else None
 
 
 def _end(image: RawImage) -> int:
@@ -59,8 +113,7 @@ def serve_disk(
         return None
     map_ring(list(references))
     pages = [(place.backing, place.offset) for place in map(host.grants.place, references)]
-    table = host.physmap.own(FIRST_GRANT)
-    grants = (table.backing, table.offset, GRANT_FRAMES * ENTRIES)
+    grants = _grant_table(host)
     long = abi == "x86_64-abi"
     added = path.add_disk(
         port, pages, long, (shared, TURN_OFFSET), grants, descriptor, _end(image), not image.read_only

@@ -7,7 +7,8 @@ Requests (packets on the control socket; each is answered by ``{}`` or ``{"error
 
 ``disk``        {"device", "abi", "refs", "persistent", "image"}, with eventfds to wake it and for the guest, a journal,
                 and the image's descriptors: serve a disk whose frontend is connected
-``card``        {"device", "tx", "rx", "offloads"}, with an eventfd to wake it, two for the guest, a journal, the link
+``card``        {"device", "tx", "rx", "offloads", "standby"}, with an eventfd to wake it, two for the guest, a journal,
+                the link; ``standby``: the engine serves it, until the journal's page of turns says otherwise
 ``stop``        {"device"}: no more; answered when nothing is in use any longer
 ``resized``     {"device"}: the image has another size
 
@@ -133,6 +134,9 @@ class Service:
     def _card(self, request: dict[str, Any], descriptors: list[int]) -> None:
         device = request["device"]
         wake, notify_tx, notify_rx, journal, link = descriptors
+        turn = None
+        if request["standby"]:
+            turn = Turn(self._pages.memory, self._pages.memory.add_backing(journal, SHARED_BYTES), TURN_OFFSET)
         grants = ProcessGrants(self._pages, self._table, self._access.tell)
         tx_page, rx_page = _ring(grants, [request["tx"], request["rx"]])
         path = CardPath(
@@ -147,6 +151,7 @@ class Service:
             failed=lambda reason: self._access.failed(device, reason),
             journal=_journal(journal),
             wake=wake,
+            turn=turn,
         )
         served = self._devices[device] = _Served(path, grants, end, [notify_tx, notify_rx])
         served.start()

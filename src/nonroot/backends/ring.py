@@ -46,6 +46,7 @@ class Turn:
     """
 
     FREE: Final = 0
+    ENGINE: Final = 1
     BACKEND: Final = 2
 
     def __init__(self, memory: Memory, backing: int, at: int = 0) -> None:
@@ -61,6 +62,11 @@ class Turn:
     def give(self) -> None:
         """It is nobody's."""
         self._memory.compare_exchange(self._backing, self._at, self.BACKEND, self.FREE)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the engine has it."""
+        return self._memory.compare_exchange(self._backing, self._at, 0, 0) == self.ENGINE
 
     @property
     def index(self) -> int:
@@ -126,6 +132,7 @@ class BackRing(_Slots):
         response_bytes: int,
         journal: memoryview | None = None,
         turn: Turn | None = None,
+        standby: bool = False,
     ) -> None:
         """
         Attach to a ring in ``pages`` (4096 bytes each, writable).
@@ -133,7 +140,8 @@ class BackRing(_Slots):
         Requests without a response count as new: a backend that takes over from a dead one does them again. RingError
         if the indices cannot be right. ``journal``: :func:`journal_bytes` of memory, zeros at first, that outlives this
         process: a response takes the place of its request in the ring before it is published, and who takes over
-        finds there what was being published. ``turn``: if the engine serves the ring, too.
+        finds there what was being published. ``turn``: if the engine serves the ring, too. ``standby``: if
+        it alone does so far: :meth:`resume` is called before anything else.
         """
         self._turn = turn
         if turn is not None:
@@ -148,7 +156,8 @@ class BackRing(_Slots):
         if turn is not None:
             turn.index = self._consumed
             turn.give()
-        self.pending()
+        if not standby:
+            self.pending()
 
     def _recover(self) -> None:
         """Publish what a dead backend was about to publish."""
@@ -161,6 +170,11 @@ class BackRing(_Slots):
                 self.write(base + number & _MASK, bytes(self._journal[at : at + self._response]))
             self._published = self.words[RSP_PROD] = base + count & _MASK
         self._journal_words[0] = 0
+
+    def resume(self) -> None:
+        """Go on where somebody else has ended, who had no requests without a response. RingError."""
+        self._consumed = self._produced = self._published = self.words[RSP_PROD]
+        self.pending()
 
     def in_turn(self, step: Callable[[], bool]) -> bool:
         """Do a ``step`` that answers what it takes, when it is our turn. RingError; then the turn stays ours."""

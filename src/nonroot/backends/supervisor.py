@@ -52,7 +52,7 @@ class Served:
         self.notify_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(ports)]
         self.journal = os.memfd_create("nonroot-journal", os.MFD_CLOEXEC)
         os.ftruncate(self.journal, SHARED_BYTES)
-        os.pwrite(self.journal, Turn.BACKEND.to_bytes(4, sys.byteorder), TURN_OFFSET)
+        self.lend(to_engine=False)
         self._descriptors = list(descriptors)
         self._lock = threading.Lock()
         self.notify: list[Callable[[], object]] = []
@@ -68,6 +68,11 @@ class Served:
         with self._lock:
             if self.wake_fd >= 0:
                 os.eventfd_write(self.wake_fd, 1)
+
+    def lend(self, to_engine: bool) -> None:
+        """Have the engine serve the rings, or else the process."""
+        turn = Turn.ENGINE if to_engine else Turn.BACKEND
+        os.pwrite(self.journal, turn.to_bytes(4, sys.byteorder), TURN_OFFSET)
 
     def close(self) -> None:
         """Served no more."""

@@ -6,7 +6,7 @@ from typing import Final
 from nonroot.backends.blkback import MOST_INDIRECT, BlockConnection
 from nonroot.backends.blkif import ABIS, SECTOR
 from nonroot.backends.data_path import DiskPath
-from nonroot.backends.direct import DirectDisk, serve_disk
+from nonroot.backends.direct import DirectDisk, can_be_direct, serve_disk
 from nonroot.backends.handover import describe_image
 from nonroot.backends.image import Image
 from nonroot.backends.raw import RawImage
@@ -51,12 +51,14 @@ class BlockDevice(BackendDevice):
         process: BackendProcess | None = None,
     ) -> None:
         """
-        ``persistent``: offer that grants stay mapped. ``post``: has a callable called in the store's thread.
+        ``persistent``: offer that grants stay mapped, but for disks that the engine serves: nobody maps anything then,
+        and the guest's copies would be for nothing. ``post``: has a callable called in the store's thread.
         ``process``: does the requests, if the image can be given to it; else a thread of this process does.
         """
         super().__init__(store, path, access)
         self.image = image
-        self._persistent = persistent
+        self._is_direct = process is not None and can_be_direct(access) and isinstance(image, RawImage)
+        self._persistent = persistent and not self._is_direct
         self._post = post
         self._process = process
         self._path: DiskPath | None = None
@@ -102,7 +104,7 @@ class BlockDevice(BackendDevice):
             facts = {"abi": abi.name, "refs": references, "persistent": persistent, "image": description}
             self._served = Served(name, {"op": "disk", **facts}, files, self._failed, 1)
             self.serve(self._process, self._served, [port_number])
-            if isinstance(self.image, RawImage) and isinstance(self.access, XenHost):
+            if self._is_direct and isinstance(self.image, RawImage) and isinstance(self.access, XenHost):
                 self._direct = serve_disk(
                     self.access, self.map_ring, port_number, references, abi.name, self.image, self._served.journal
                 )

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from nonroot.backends.data_path import CardPath
+from nonroot.backends.direct import DirectCard, can_be_direct, serve_card
 from nonroot.backends.link import Link
 from nonroot.backends.netback import NetConnection, Offloads
 from nonroot.backends.supervisor import BackendProcess, Served
 from nonroot.backends.xenbus import BackendDevice, BadFrontendError, Store, create_device, number
 from nonroot.errors import BadOptionError
 from nonroot.xen.backend import FrontendAccess
+from nonroot.xen.host import XenHost
 
 __all__ = ["NetDevice", "check_mac", "create_vif", "random_mac"]
 
@@ -57,6 +59,7 @@ class NetDevice(BackendDevice):
         self._process = process
         self._path: CardPath | None = None
         self._served: Served | None = None
+        self._direct: DirectCard | None = None
 
     def features(self) -> dict[str, str]:
         """What Linux's backend says, too, but for several queues and the control ring."""
@@ -93,10 +96,18 @@ class NetDevice(BackendDevice):
         )
         name = f"vif{self.path.rsplit('/', 1)[1]}"
         if self._process is not None:
-            facts = {"tx": tx_ref, "rx": rx_ref, "offloads": asdict(offloads)}
+            direct = can_be_direct(self.access) and all(asdict(offloads).values())
+            facts = {"tx": tx_ref, "rx": rx_ref, "offloads": asdict(offloads), "standby": direct}
             # With one channel both rings' events are that one's.
-            self._served = Served(name, {"op": "card", **facts}, [self.link.fileno()], self._failed, 2)
-            self.serve(self._process, self._served, ports)
+            served = self._served = Served(name, {"op": "card", **facts}, [self.link.fileno()], self._failed, 2)
+            served.lend(direct)
+            self.serve(self._process, served, ports)
+            if direct and isinstance(self.access, XenHost):
+                link = self.link.fileno()
+                self._direct = serve_card(self.access, self.map_ring, ports, tx_ref, rx_ref, link, served.journal)
+                if self._direct is None:
+                    served.lend(to_engine=False)
+                    served.wake()
             return {}
         tx_page, rx_page = self.map_ring([tx_ref, rx_ref])
         self._path = CardPath(
@@ -125,6 +136,9 @@ class NetDevice(BackendDevice):
 
     def disconnect(self) -> None:
         """Stop; the link stays, for the next frontend."""
+        if self._direct is not None:
+            self._direct.stop()
+            self._direct = None
         if self._path is not None:
             self._path.stop()
             self._path = None

@@ -280,8 +280,15 @@ class BackendDevice:
 
     def close(self) -> None:
         """The device goes away, whatever the frontend says. Safe to call again."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        try:
+            self.stop()
+        finally:
+            self.release()
+
+    def stop(self) -> None:
+        """Serve no more and listen no more, without a word to the frontend. :meth:`start` begins anew."""
         self._disconnect()
-        self.release()
+        self.state = XenbusState.UNKNOWN
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
