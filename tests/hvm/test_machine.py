@@ -403,6 +403,21 @@ def test_idle_real_time_is_slept() -> None:
     assert machine.pic.read(0, 1) & 1
 
 
+# PIT counter 0 in mode 2, about 1 kHz; the PIC masks it, and the guest halts.
+MASKED_TIMER = out8(0x21, 0xFF) + out8(0x43, 0x34) + out8(0x40, 0xA9) + out8(0x40, 0x04) + HALT
+
+
+def test_a_timer_that_is_masked_wakes_nobody() -> None:
+    machine = make(MASKED_TIMER, virtual_time=(1, 1))
+    for _ in range(100):  # a busy machine may come to it only after the stop
+        threading.Timer(0.1, machine.stop).start()
+        assert run(machine).reason == Reason.STOPPED
+        if machine.pic.read(0, 1) & 1:
+            break
+    assert machine.pic.read(0, 1) & 1
+    assert machine.vcpu.now_ns() < 3_000_000, "if something were due, idle virtual time would pass at once"
+
+
 def test_garbage_to_every_port_and_register_is_survived() -> None:
     """The built-in guest writes random values to every port but those that end the machine."""
     output = Output()

@@ -71,9 +71,11 @@ class IoApic:
         self._identity = identity
         self._lines = 0
         self._redirection = [RTE_RESET] * PINS
+        self._watched: dict[int, Callable[[], object]] = {}
 
     def reset(self) -> None:
         """Everything masked; the input lines keep their levels, which others drive."""
+        self._announce_all()
         self._select = 0
         self._identity = self._identity_at_reset
         self._redirection = [RTE_RESET] * PINS
@@ -93,10 +95,19 @@ class IoApic:
         elif not entry & RTE_MASKED:
             self._send(entry)
 
+    def heeds(self, pin: int) -> bool:
+        """Whether a rising edge of input ``pin`` would send a message now."""
+        return not self._redirection[pin] & (RTE_MASKED | RTE_REMOTE_IRR)
+
+    def watch(self, pin: int, before: Callable[[], object]) -> None:
+        """Have ``before`` called before anything but an edge itself may change what :meth:`heeds` says of ``pin``."""
+        self._watched[pin] = before
+
     def eoi(self, vector: int) -> None:
         """A local APIC ended the level-triggered interrupt ``vector`` (EOI broadcast)."""
         for pin, entry in enumerate(self._redirection):
             if entry & RTE_REMOTE_IRR and entry & RTE_VECTOR == vector:
+                self._announce(pin)
                 self._redirection[pin] = entry & ~RTE_REMOTE_IRR
                 self._serve_level(pin)
 
@@ -134,6 +145,7 @@ class IoApic:
         if index == IOAPICID:
             self._identity = value >> 24 & 0x0F
         elif 0 <= pin < PINS:
+            self._announce(pin)
             shift = 32 * half
             writable = RTE_WRITABLE & 0xFFFF_FFFF << shift
             entry = self._redirection[pin] & ~writable | value << shift & writable
@@ -151,10 +163,19 @@ class IoApic:
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; sends nothing: what was sent is in the local APICs' state."""
         record = expect(IoApicState, state)
+        self._announce_all()
         self._select = record.select
         self._identity = record.identity
         self._lines = record.lines
         self._redirection = list(record.redirection)
+
+    def _announce(self, pin: int) -> None:
+        if pin in self._watched:
+            self._watched[pin]()
+
+    def _announce_all(self) -> None:
+        for before in self._watched.values():
+            before()
 
     def _serve_level(self, pin: int) -> None:
         entry = self._redirection[pin]

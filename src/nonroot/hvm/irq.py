@@ -6,10 +6,21 @@ GSI n is I/O APIC input n. ISA interrupt n is GSI n, except the timer: ISA 0 is 
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from nonroot.hvm.device import IrqLine
-from nonroot.hvm.ioapic import PINS
+from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine
+from nonroot.hvm.ioapic import PINS, IoApic
+from nonroot.hvm.pic import PicPair
+from nonroot.hvm.pit import Pit
 
-__all__ = ["ISA_TIMER_GSI", "SCI", "InterruptDelivery", "InterruptRouter", "LocalApic", "WiredOr", "pci_gsi"]
+__all__ = [
+    "ISA_TIMER_GSI",
+    "SCI",
+    "InterruptDelivery",
+    "InterruptRouter",
+    "LocalApic",
+    "WiredOr",
+    "create_pit",
+    "pci_gsi",
+]
 
 ISA_TIMER_GSI: Final = 2
 """The I/O APIC input of ISA interrupt 0."""
@@ -105,6 +116,17 @@ class InterruptRouter:
         if not 0 <= gsi < PINS:
             raise ValueError(f"global system interrupt {gsi} does not exist")
         return self._gsis[gsi].source()
+
+
+def create_pit(clock: Clock, lines: InterruptRouter, pic: PicPair, ioapic: IoApic, events: Events = NO_EVENTS) -> Pit:
+    """
+    The timer with its interrupt. It costs nothing while both controllers ignore its edges: a request of it waits in the
+    PIC already, as it does for good where that input is masked, and the I/O APIC's input is masked, too.
+    """
+    pit = Pit(clock, lines.isa(0), events, lambda: not pic.timer_waits or ioapic.heeds(ISA_TIMER_GSI))
+    pic.watch_timer(pit.wake)
+    ioapic.watch(ISA_TIMER_GSI, pit.wake)
+    return pit
 
 
 def _input(set_line: Callable[[int, bool], None], number: int) -> IrqLine:

@@ -42,14 +42,14 @@ from nonroot.hvm.i8042 import COMMAND as I8042_COMMAND
 from nonroot.hvm.i8042 import DATA as I8042_DATA
 from nonroot.hvm.i8042 import I8042
 from nonroot.hvm.ioapic import IoApic
-from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter
+from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter, create_pit
 from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pc import POWER_SLOT, Board, TimedPart
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
 from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
-from nonroot.hvm.pit import PORT_B, Pit
+from nonroot.hvm.pit import PORT_B
 from nonroot.hvm.ram import BoardRam, DirtyLog, close_files, create_ram, create_rom
 from nonroot.hvm.records import restore_records, take_records
 from nonroot.hvm.reset import PORT_A, RESET_CONTROL, ResetControl
@@ -147,7 +147,7 @@ class Machine:
         self.pic = PicPair(self.vcpu.set_pic_line, event)
         self.ioapic = IoApic(InterruptDelivery(self.vcpus), event, identity=1)
         lines = InterruptRouter(self.pic.set_line, self.ioapic.set_line)
-        self.pit = Pit(clock, lines.isa(board.PIT_IRQ), event)
+        self.pit = create_pit(clock, lines, self.pic, self.ioapic, event)
         nvram = memory_registers(self.memory_map.low_end, self.memory_map.high_bytes)
         self.rtc = Rtc(clock, lines.isa(board.RTC_IRQ), config.base_wall_ns, nvram, event)
         self.acpi_pm = AcpiPm(clock, lines.gsi(SCI), self._power_off, event)

@@ -210,6 +210,10 @@ class _Chip:
             self.icw_step = 0
 
 
+def _nothing() -> None:
+    pass
+
+
 class PicPair:
     """Master and slave 8259A. Inputs are :meth:`set_line`, the output is the vCPU's INTR pin."""
 
@@ -220,12 +224,14 @@ class PicPair:
         self._intr = intr
         self._events = events
         self._output = False
+        self._before_timer: Callable[[], object] = _nothing
         self._master = _Chip()
         self._slave = _Chip()
         self._load(PicState())
 
     def reset(self) -> None:
         """Power-on state; the input lines keep their levels, which others drive."""
+        self._before_timer()
         lines = (self._master.lines, self._slave.lines)
         self._load(PicState(lines=lines))
         self._update()
@@ -238,6 +244,15 @@ class PicPair:
             self._slave.set_line(irq - 8, level)
         self._update()
 
+    @property
+    def timer_waits(self) -> bool:
+        """Whether a request of ISA interrupt 0 waits, masked or not: then another edge of it changes nothing."""
+        return bool(self._master.irr & 1)
+
+    def watch_timer(self, before: Callable[[], object]) -> None:
+        """Have ``before`` called before a waiting request of ISA interrupt 0 is taken, or forgotten."""
+        self._before_timer = before
+
     def acknowledge(self) -> int:
         """The interrupt acknowledge cycle: the vector for the vCPU (spurious ones included)."""
         master = self._master
@@ -245,6 +260,8 @@ class PicPair:
         if line < 0:
             self._events(self.name, "spurious", SPURIOUS)
             return master.vector_base + SPURIOUS
+        if line == 0:
+            self._before_timer()
         master.take(line)
         vector = master.vector_base + line
         if line == CASCADE:
@@ -298,6 +315,8 @@ class PicPair:
             if offset & 1:
                 chip.data(value)
             else:
+                if value & ICW1_START and chip is self._master:
+                    self._before_timer()
                 chip.command(value)
         self._update()
 
@@ -307,7 +326,9 @@ class PicPair:
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; drives INTR."""
-        self._load(expect(PicState, state))
+        record = expect(PicState, state)
+        self._before_timer()
+        self._load(record)
         self._update()
 
     def _load(self, state: PicState) -> None:
@@ -320,6 +341,8 @@ class PicPair:
         line = chip.pending(1 << CASCADE if chip is self._master else 0)
         if line < 0:
             return SPURIOUS
+        if line == 0 and chip is self._master:
+            self._before_timer()
         chip.take(line)
         self._update()
         return 0x80 | line

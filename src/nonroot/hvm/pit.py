@@ -1,9 +1,11 @@
 """The 8254 interval timer and system control port B (0x61), which gates and reads its third counter.
 
-Counting is a function of machine time: nothing ticks. Counter 0's output is ISA interrupt 0.
+Counting is a function of machine time: nothing ticks. Counter 0's output is ISA interrupt 0; while its edges would
+change nothing there is no deadline.
 Source: Intel 82C54 datasheet (231244); port 0x61: 82371SB (PIIX3) datasheet.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Final
 
@@ -240,16 +242,27 @@ def _from_bcd(value: int) -> int:
     return number % 10_000
 
 
+def _always() -> bool:
+    return True
+
+
 class Pit:
     """Three counters; OUT0 drives the timer interrupt, OUT2 is seen in port B (there is no speaker)."""
 
     name = "pit"
 
-    def __init__(self, clock: Clock, irq: IrqLine, events: Events = NO_EVENTS) -> None:
-        """``irq`` is ISA interrupt 0."""
+    def __init__(
+        self, clock: Clock, irq: IrqLine, events: Events = NO_EVENTS, heeded: Callable[[], bool] = _always
+    ) -> None:
+        """
+        ``irq`` is ISA interrupt 0. ``heeded``: whether a rising edge of it would change anything now; before that
+        becomes true again, :meth:`wake` has to be called.
+        """
         self._clock = clock
         self._irq = irq
         self._events = events
+        self._heeded = heeded
+        self._asleep = False
         self._counters = (_Counter(), _Counter(), _Counter())
         self._seen = 0
         self._line = False
@@ -324,10 +337,13 @@ class Pit:
         counter.control(mode if mode < 6 else mode - 4, access, value & 1)
 
     def deadline(self) -> int | None:
-        """When OUT0 rises next."""
+        """When OUT0 rises next; None also while nobody heeds it."""
         counter = self._counters[0]
         rise = counter.next_rise(self._seen)
         if rise is None:
+            return None
+        self._asleep = not self._heeded()
+        if self._asleep:
             return None
         if counter.next_reload and rise > counter.next_start:
             rise = counter.next_start
@@ -344,6 +360,13 @@ class Pit:
             self._clock.rearm()
         counter.settle(tick)
         self._seen = max(self._seen, tick)
+
+    def wake(self) -> None:
+        """Edges will be heeded from now on: those until now were not, and there is a deadline again."""
+        if self._asleep:
+            self._asleep = False
+            self.advance(self._clock.now_ns())
+            self._clock.rearm()
 
     def state(self) -> PitState:
         """All counters."""
