@@ -123,7 +123,7 @@ static int ask(u32 type, const char *a, u32 a_length, const char *b, u32 b_lengt
         while (got < length) {
             u32 consumed = *at(store, 2056);
             if (consumed == *at(store, 2060)) {
-                call(SCHED_OP, 0, 0, 0, 0, 0);
+                kick(store_port); /* there is room again for a long answer */
                 continue;
             }
             reply[got++ & 8191] = store[1024 + consumed % 1024];
