@@ -1,7 +1,6 @@
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nonroot.cli.main import main
 from nonroot.domain import registry
 from nonroot.errors import NonrootError, SoftwareMissingError
 from nonroot.toolstack.client import IDLE_VARIABLE, Toolstack
+from tests.waiting import PATIENCE, wait_until
 
 Run = Callable[..., "Outcome"]
 
@@ -31,13 +31,9 @@ class Outcome:
         return iter((self.status, self.out, self.err))
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """What ``condition`` gives as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return found
+def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """What ``condition``, which asks processes and costs something, gives as soon as that is true."""
+    return wait_until(condition, seconds, pause=0.02)
 
 
 @pytest.fixture(scope="module")
