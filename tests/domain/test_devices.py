@@ -14,7 +14,7 @@ import zstandard
 
 from nonroot.api import Domain
 from nonroot.domain import guest_devices
-from nonroot.domain.drives import ide_disks, paravirtual_disks
+from nonroot.domain.drives import DiskPlan, ide_disks, paravirtual_disks, plan_disks
 from nonroot.domain.frames import FromGuest
 from nonroot.domain.guest_devices import GuestDevices
 from nonroot.domain.guest_setup import GuestSetup, find_modules
@@ -94,15 +94,27 @@ def test_disks_of_a_started_kernel_are_xens() -> None:
 
 def test_disks_elsewhere_are_emulated() -> None:
     assert ide_disks(options(disks=["/a"], xen=False)) == ["/a"]
-    bios = options(disks=["/a", "/b,xvdb"], firmware="/f", kernel=None)
-    assert ide_disks(bios) == ["/a"]
-    assert paravirtual_disks(bios) == [("xvdb", "/b")]
+
+
+def test_disks_of_a_pc_are_both_until_they_are_unplugged() -> None:
+    bios = options(disks=["/a", "/b,xvdf", "/c,ide", "/d,hdb", "/e"], cdroms=["none"], firmware="/f", kernel=None)
+    assert plan_disks(bios) == [
+        DiskPlan("/a", "xvda", True),
+        DiskPlan("/b", "xvdf", True),
+        DiskPlan("/c", None, True),
+        DiskPlan("/d", "hdb", False),
+        DiskPlan("/e", "xvdc", False),
+    ]
+    assert ide_disks(bios) == ["/a", "/b", "/c"]
+    kernel = options(disks=["/a", "/b,hdb"], protocol="linux64")
+    assert plan_disks(kernel) == [DiskPlan("/a", "xvda", False), DiskPlan("/b", "hdb", True)]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"disks": ["{0},xvda", "{0},xvda"]}, "two disks have the same place: xvda"),
+        ({"disks": ["{0},xvda", "{0},hda"]}, "two disks have the same place: xvda and hda"),
         ({"disks": ["{0},xvda,ide"]}, "a disk has one place, not xvda and ide"),
         ({"disks": ["{0}"] * 17}, "at most 16 disks, xvda to xvdp"),
         ({"disks": ["{0},ide"] * 5}, "at most 4 disks and CD-ROM drives"),

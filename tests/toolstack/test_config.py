@@ -1,6 +1,7 @@
 """What settings mean, and what is said about those that mean nothing."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 from nonroot.backends.vdev import disk_index
 from nonroot.domain import registry
+from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
-from nonroot.toolstack.config import read_config
+from nonroot.toolstack.config import read_config, settle_xen
 from nonroot.toolstack.disks import DiskSpec, parse_disk
 from nonroot.xen.config import LAST_DOMID
 
@@ -74,7 +76,7 @@ def test_unknown_settings_are_named() -> None:
         (["name=x", "memory=64", "maxmem=32"], "maxmem (32) is less than memory (64)"),
         (["name=x", "vif=['type=ioemu,model=e1000']"], "nonroot emulates no network cards"),
         (["name=x", "vif=['bridge=lan']", "nonroot_xen=0"], "Xen's need nonroot_xen=1"),
-        (["name=x", "type=hvm", "vif=['']"], "Xen's need nonroot_xen=1"),
+        (["name=x", "type=hvm", "vif=['']", "nonroot_xen=0"], "Xen's need nonroot_xen=1"),
         (["name=x", "vif=['rate=1Mb/s']"], "'rate' is not supported"),
         (["name=x", "vif=['bridge=user']"], "cannot be named user"),
         (["name=x", "vif=['mac=1']"], "'1' is no"),
@@ -146,16 +148,43 @@ def test_networks_and_disks_of_xen(tmp_path: Path) -> None:
     config = read_config(
         None, ["name=x", "vif=['', 'bridge=lan,mac=00:16:3e:01:02:03']", "nonroot_publish=['8080:80']"]
     )
-    assert config.options.xen is True
     assert config.options.networks == ["user", "lan,mac=00:16:3e:01:02:03"]
     assert config.options.publish == ["8080:80"]
-    kernel = tmp_path / "kernel"
-    disks = "disk=['/a,raw,xvda,w', '/b,qcow2,hdb,r']"
-    config = read_config(None, ["name=x", f"kernel={kernel}", "nonroot_xen=1", disks])
-    assert config.options.disks == ["/a,format=raw,xvda", "/b,format=qcow2,ro,ide"]
-    config = read_config(None, ["name=x", f"kernel={kernel}", disks])
+    kernel = tmp_path / "vmlinuz-1"
+    kernel.write_bytes(b"\x7fELF")
+    disks = "disk=['/a,raw,xvda,w', '/b,qcow2,hdb,r', '/c.iso,,hdc,cdrom']"
+
+    def settled(*settings: str) -> DomainOptions:
+        config = read_config(None, ["name=x", f"kernel={kernel}", disks, *settings])
+        settle_xen(config)
+        return config.options
+
+    with_xen = ["/a,format=raw,xvda", "/b,format=qcow2,ro,hdb"]
+    assert settled("nonroot_xen=1").disks == with_xen
+    # Without a word, a kernel that knows Xen has it.
+    without = settled()
+    assert without.xen is False
+    assert without.disks == ["/a,format=raw", "/b,format=qcow2,ro"]
+    with pytest.raises(UnsupportedError, match="vmlinuz-1 has no drivers for them: say nonroot_xen=1 if it has"):
+        settled("vif=['']")
+    (tmp_path / "config-1").write_text("#\nCONFIG_XEN_PVHVM=y\nCONFIG_HVC_XEN=y\n")
+    assert settled().xen is None, "if XenStore can be had"
+    assert settled().disks == with_xen
+    assert settled("nonroot_xen=0").xen is False
+    assert settled("vif=['']").xen is True
+    # A card has the same address whenever the domain is started.
+    assert re.fullmatch(r"user,mac=00:16:3e(:[0-9a-f]{2}){3}", settled("vif=['']").networks[0])
+
+
+def test_a_pc_is_xens() -> None:
+    config = read_config(None, ["name=x", "disk=['/a,raw,hda,w', '/b,raw,xvdc,w']", "vif=['']"])
+    settle_xen(config)
+    assert config.options.xen is True
+    assert config.options.disks == ["/a,format=raw,hda", "/b,format=raw,xvdc"]
+    config = read_config(None, ["name=x", "disk=['/a,raw,hda,w']", "nonroot_xen=0"])
+    settle_xen(config)
     assert config.options.xen is False
-    assert config.options.disks == ["/a,format=raw", "/b,format=qcow2,ro"]
+    assert config.options.disks == ["/a,format=raw"]
 
 
 def test_numbers_of_domains_grow_and_begin_anew(folder: Path) -> None:

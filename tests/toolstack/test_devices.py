@@ -24,11 +24,22 @@ def test_disks_and_networks_come_and_go(nonroot: Run, tmp_path: Path) -> None:
     assert [(one["vdev"], one["target"], one["access"]) for one in disks] == [("xvdb", str(image), "w")]
     assert nonroot("block-detach", "net", "xvdb").status == 0
     until(lambda: not nonroot("block-list", "--json", "net").json)
+    assert nonroot("block-attach", "net", f"{image},raw,xvdc,w").status == 0
     mac = "00:16:3e:01:02:03"
     assert nonroot("network-attach", "net", f"mac={mac}", "bridge=lan").status == 0
     until(lambda: [one["state"] for one in nonroot("network-list", "--json", "net").json] == ["connected"] * 2)
-    assert nonroot("network-detach", "net", mac).status == 0
-    until(lambda: [one["index"] for one in nonroot("network-list", "--json", "net").json] == [0])
-    number = nonroot("domid", "net").out.strip()
-    assert nonroot("shutdown", "-w", "--timeout", "60", "net").status == 0
-    assert int(number) > 0
+    assert nonroot("network-detach", "net", "0").status == 0
+    until(lambda: [one["mac"] for one in nonroot("network-list", "--json", "net").json] == [mac])
+    # Memory has a limit, which can be lowered and raised again, up to what there was.
+    assert "its limit cannot be above that" in nonroot("mem-max", "net", "129m").err
+    assert nonroot("mem-max", "net", "112m").status == 0
+    assert "is limited to 112 MiB" in nonroot("mem-set", "net", "120m").err
+    assert nonroot("mem-set", "net", "112m").status == 0
+    assert nonroot("mem-max", "net", "128m").status == 0
+    # What there is now is there again when it has been started again.
+    assert nonroot("reboot", "-w", "--timeout", "120", "--json", "net").json["by"] == "xenstore"
+    cards = until(lambda: [one for one in nonroot("network-list", "--json", "net").json if one["state"] == "connected"])
+    assert [(one["index"], one["mac"]) for one in cards] == [(0, mac)]
+    disks = until(lambda: [one for one in nonroot("block-list", "--json", "net").json if one["state"] == "connected"])
+    assert [(one["vdev"], one["target"]) for one in disks] == [("xvdc", str(image))]
+    assert nonroot("shutdown", "-w", "--timeout", "120", "net").status == 0

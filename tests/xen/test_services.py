@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nonroot.domain.xen import DOMAINS, XenServices
+from nonroot.domain.xen import DOMAINS, XenServices, start_time
 from nonroot.errors import TransientError
 from nonroot.xen.config import XenConfig
 from nonroot.xenstore.client import XenStore
@@ -127,12 +127,40 @@ def test_numbers_are_given_back(process: Process) -> None:
         # A process that died without a word
         store.write("/local/domain/5/name", "ghost")
         store.write(f"{DOMAINS}/5", str(dead_process()))
+        # … and one whose number another process has now
+        store.write("/local/domain/6/name", "ghost")
+        store.write(f"{DOMAINS}/6", f"{os.getpid()} {int(start_time(os.getpid())) - 1}")
         third, _ = make(process)
         assert third.domid == 3
         assert not store.exists("/local/domain/5/name")
+        assert not store.exists("/local/domain/6/name")
         assert store.read("/local/domain/2/name") == "domain2"
     for services in (second, third, again):
         services.close()
+
+
+def test_a_guest_that_starts_again_finds_its_nodes_as_at_first(process: Process) -> None:
+    services, domain = make(process)
+    guest = RingUser(domain)
+    assert not services.listens()
+    assert guest.ask(Kind.WRITE, b"control/feature-poweroff\0" + b"1")[1] == b"OK\0"
+    assert guest.ask(Kind.WRITE, b"data/key\0value")[1] == b"OK\0"
+    assert services.listens()
+    services.shutdown("reboot")
+    services.set_memory(32 << 20)
+    services.sysrq("s")
+    assert guest.ask(Kind.READ, b"control/sysrq\0") == (Kind.READ, b"s")
+    assert guest.ask(Kind.WATCH, b"control/shutdown\0token\0")[1] == b"OK\0"
+    services.restart()
+    domain.host.reset()
+    guest = RingUser(domain)
+    assert guest.ask(Kind.READ, b"control/shutdown\0") == (Kind.READ, b"")
+    assert guest.ask(Kind.READ, b"data/key\0")[0] == Kind.ERROR
+    assert guest.ask(Kind.READ, b"memory/target\0") == (Kind.READ, b"65536")
+    assert guest.ask(Kind.READ, b"control/sysrq\0") == (Kind.READ, b"")
+    assert not services.listens()
+    assert guest.ask(Kind.WATCH, b"control/shutdown\0token\0")[1] == b"OK\0", "its watches are gone"
+    services.close()
 
 
 def dead_process() -> int:

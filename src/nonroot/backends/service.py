@@ -143,6 +143,18 @@ class BlockService:
             self._worked += 1
             finished(result)
 
+    def settle(self) -> None:
+        """Return when all that was asked for has been done, and what was written is on stable storage.
+
+        In the vCPU's thread. OSError if it cannot be put there.
+        """
+        if self._thread is not None:
+            done = threading.Event()
+            self._given += 1
+            self._queue.put((BlockRequest(BlockOp.FLUSH), lambda result: done.set()))
+            done.wait()
+        self.image.flush()
+
     def close(self) -> None:
         """End the worker after what it has been given, and close the image."""
         if self._thread is not None:

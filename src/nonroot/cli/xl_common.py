@@ -1,4 +1,4 @@
-"""What the toolstack's verbs share: a domain's description, JSON, tables, refusals."""
+"""What the toolstack's verbs share: a domain's description, JSON, tables."""
 
 import json
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from nonroot.errors import NotRunningError, UnsupportedError
+from nonroot.errors import NotRunningError
 
-__all__ = ["act", "ask", "find", "print_json", "print_table", "refuse"]
+__all__ = ["act", "ask", "find", "print_json", "print_table"]
 
 
 def print_json(record: object, indent: int | None = None) -> None:
@@ -67,12 +67,6 @@ def ask(domain: str, method: str, **params: Any) -> dict[str, Any]:
         return client.request(method, 60, **params)
     finally:
         client.close()
-
-
-def refuse(domain: str, reason: str) -> int:
-    """UnsupportedError with ``reason``, if there is such a domain; NotRunningError if there is none."""
-    found = find(domain)
-    raise UnsupportedError(f"{found['name']}: {reason}")
 
 
 def name_or_number() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -7,13 +7,11 @@ import click
 
 from nonroot.cli.display import domain_argument, json_option
 from nonroot.cli.output import TIMED_OUT, Reporter
-from nonroot.cli.xl_common import act, find, nothing, print_json, refuse
+from nonroot.cli.xl_common import act, find, nothing, print_json
 from nonroot.domain.options import parse_size
 from nonroot.errors import BadOptionError, NotRunningError, TransientError, UnsupportedError, WaitTimeoutError
 
 __all__ = ["destroy", "mem_max", "mem_set", "pause", "reboot", "rename", "shutdown", "sysrq", "unpause"]
-
-NO_BALLOON = "it cannot be limited to less than it has: set memory= before its start"
 
 
 @click.command(short_help="Stop a domain's time.", epilog="\b\nExample:\n  nonroot pause web")
@@ -149,18 +147,27 @@ def rename(domain: str, name: str, as_json: bool) -> int:
 @domain_argument
 @click.argument("letter", metavar="LETTER")
 def sysrq(domain: str, letter: str, as_json: bool) -> int:
-    """Press Alt-SysRq-LETTER on DOMAIN's keyboard. What that does is the guest's decision (Linux: kernel.sysrq)."""
+    """Press the SysRq key LETTER of DOMAIN: through XenStore, or on its keyboard if it is no Xen domain.
+
+    What that does is the guest's decision (Linux: kernel.sysrq).
+    """
     from nonroot.running import connect
+    from nonroot.toolstack.client import Toolstack
 
     if len(letter) != 1 or not letter.isascii() or not letter.isalnum():
         raise BadOptionError(f"{letter[:20]!r} is no SysRq key: use one letter or digit")
-    found = find(domain)
-    if not found.get("display"):
-        raise UnsupportedError(f"{found['name']} has no keyboard, and nonroot has no paravirtual SysRq yet")
-    with connect(found["name"]) as running:
-        running.keyboard.type(f"<alt-print-{letter.lower()}>")
+    found, by = find(domain), "xenstore"
+    try:
+        with Toolstack() as toolstack:
+            toolstack.request("sysrq", domain=domain, key=letter)
+    except UnsupportedError:
+        if not found.get("display"):
+            raise UnsupportedError(f"{found['name']} is no Xen domain, and has no keyboard") from None
+        by = "keyboard"
+        with connect(found["name"]) as running:
+            running.keyboard.type(f"<alt-print-{letter.lower()}>")
     if as_json:
-        print_json({"domain": domain, "done": "sysrq", "key": letter})
+        print_json({"domain": domain, "done": "sysrq", "key": letter, "by": by})
     return 0
 
 
@@ -181,12 +188,13 @@ def mem_set(domain: str, size: str, as_json: bool) -> int:
 
 
 @click.command("mem-max", short_help="Limit a domain's memory.", epilog="\b\nExample:\n  nonroot mem-max web 1g")
+@json_option
 @domain_argument
 @click.argument("size", metavar="SIZE")
-def mem_max(domain: str, size: str) -> int:
-    """Set the limit of DOMAIN's memory to SIZE (KiB without a unit). Not less than what it has."""
-    wanted, found = _size(size), find(domain)
-    memory = found.get("memory")
-    if isinstance(memory, int) and wanted >= memory:
-        return 0
-    return refuse(domain, NO_BALLOON)
+def mem_max(domain: str, size: str, as_json: bool) -> int:
+    """Let DOMAIN have SIZE of memory at most (KiB without a unit), until it is started again.
+
+    What it has beyond that it keeps until its balloon driver gives it back: see mem-set. The limit cannot be above the
+    memory that it was made with.
+    """
+    return act("limit_memory", domain, as_json, bytes=_size(size))

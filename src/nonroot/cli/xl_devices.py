@@ -1,6 +1,7 @@
 """Verbs for a domain's devices: block-*, cd-*, network-*."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,9 +25,14 @@ __all__ = [
 @json_option
 @domain_argument
 def block_list(domain: str, as_json: bool) -> int:
-    """List DOMAIN's disks and CD-ROM drives, and the images in them. Those with a state are Xen's."""
-    disks = list(find(domain).get("disks", []))
-    for one in ask(domain, "block-list")["disks"]:
+    """List DOMAIN's disks and CD-ROM drives, and the images in them. Those with a state are Xen's.
+
+    A disk of a PC is an emulated one, and Xen's is `initialising`, until the guest unplugs the emulated one.
+    """
+    live = ask(domain, "block-list")["disks"]
+    names = {one["vdev"] for one in live}
+    disks = [disk for disk in find(domain).get("disks", []) if disk["vdev"] not in names]
+    for one in live:
         disk = {"vdev": one["vdev"], "target": one["image"], "format": one["format"], "cdrom": one["cdrom"]}
         disks.append(
             disk | {"access": "r" if one["read_only"] else "w", "state": one["state"], "backend": one["backend"]}
@@ -52,16 +58,17 @@ def block_list(domain: str, as_json: bool) -> int:
 @domain_argument
 @click.argument("disk", metavar="DISK-SPEC", nargs=-1, required=True)
 def block_attach(domain: str, disk: tuple[str, ...], as_json: bool) -> int:
-    """Add a disk (format=raw,vdev=xvdb,target=…) to DOMAIN while it runs. It has to be a Xen domain."""
+    """Add a disk (format=raw,vdev=xvdb,target=…) to DOMAIN, which has to be a Xen domain, while it runs.
+
+    It is still there when DOMAIN is started again.
+    """
     from nonroot.toolstack.disks import parse_disk
 
     spec = parse_disk(",".join(disk), Path.cwd())
     if spec.is_cd and not spec.target:
         raise BadOptionError("name the image")
-    done = ask(domain, "block-attach", drive=spec.drive(), vdev=spec.vdev, cdrom=spec.is_cd)
-    if as_json:
-        print_json(done)
-    return 0
+    facts = {"drive": spec.drive(), "vdev": spec.vdev, "cdrom": spec.is_cd, "disk": spec.to_wire()}
+    return _change(domain, "block_attach", as_json, **facts)
 
 
 @click.command(
@@ -71,8 +78,7 @@ def block_attach(domain: str, disk: tuple[str, ...], as_json: bool) -> int:
 @click.argument("vdev", metavar="VDEV")
 def block_detach(domain: str, vdev: str) -> int:
     """Ask DOMAIN's guest to let go of the disk VDEV; it is gone when the guest has."""
-    ask(domain, "block-detach", vdev=vdev)
-    return 0
+    return _change(domain, "block_detach", False, vdev=vdev)
 
 
 @click.command(
@@ -139,10 +145,7 @@ def network_attach(domain: str, vif: tuple[str, ...], as_json: bool) -> int:
     """Add a network interface to DOMAIN while it runs. bridge= names a private network; without it: the user's."""
     from nonroot.toolstack.vifs import parse_vif
 
-    done = ask(domain, "network-attach", network=parse_vif(",".join(vif)), mac=None, publish=[], index=None)
-    if as_json:
-        print_json(done)
-    return 0
+    return _change(domain, "network_attach", as_json, network=parse_vif(",".join(vif)))
 
 
 @click.command(
@@ -158,5 +161,15 @@ def network_detach(domain: str, device: str) -> int:
     index = next((one["index"] for one in cards if device.lower() in (str(one["index"]), one["mac"].lower())), None)
     if index is None:
         raise NotRunningError(f"{domain[:60]} has no network interface {device[:40]!r}")
-    ask(domain, "network-detach", index=index)
+    return _change(domain, "network_detach", False, index=index)
+
+
+def _change(domain: str, method: str, as_json: bool, **params: Any) -> int:
+    """Have domain zero change a device, which then is as it was told also when the domain is started again."""
+    from nonroot.toolstack.client import Toolstack
+
+    with Toolstack() as toolstack:
+        done = toolstack.request(method, domain=domain, **params)
+    if as_json:
+        print_json(done)
     return 0

@@ -47,6 +47,8 @@ class PiixIde(PciDevice):
         if len(drives) != 4 or lines is None or clock is None:
             raise ValueError("an IDE controller has four places for drives, two interrupt lines and a clock")
         self._events = events
+        self.unplugged: dict[int, Disk] = {}
+        """Disks that have been taken off their cables, by unit."""
         self.units = tuple(Unit(drive) for drive in drives)
         self._lines = lines
         self.channels = (
@@ -179,6 +181,23 @@ class PiixIde(PciDevice):
         unit.tray_open = 0
         unit.attention = MEDIUM_CHANGED
         unit.media_event = EVENT_NEW_MEDIA
+
+    def unplug(self, index: int) -> None:
+        """Take the disk of unit ``index`` off its cable; nothing happens if there is none. Its medium is not asked for
+        anything any more, but what it has been asked for may still be on its way.
+        """
+        unit = self.units[index]
+        if isinstance(unit.drive, Disk):
+            self.unplugged[index] = unit.drive
+            unit.drive = None
+            self.channels[index >> 1].unplug(index & 1)
+
+    def plug(self, index: int) -> None:
+        """Put the disk of unit ``index`` back, as after power-on."""
+        drive = self.unplugged.pop(index, None)
+        if drive is not None:
+            self.units[index].drive = drive
+            self.units[index].power_on()
 
     def _cd(self, index: int) -> tuple[Unit, CdRom]:
         unit = self.units[index] if 0 <= index < 4 else None

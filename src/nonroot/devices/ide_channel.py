@@ -240,6 +240,14 @@ class Channel:
         self.flushing = self.flush_after = self.left = self.position = 0
         self.buffer.clear()
 
+    def unplug(self, number: int) -> None:
+        """Unit ``number`` leaves the cable; its command under way is forgotten."""
+        if self.actor == number and self.phase is not Phase.IDLE:
+            self._stop()
+        if self.selected == number and self.interrupt:
+            self.clear_interrupt()
+        self.units[number].power_on()
+
     # ── ends of commands ──
 
     def complete(self, status: int = READY) -> None:

@@ -1,28 +1,42 @@
-"""A domain's drives: which image is in which place, opened and locked, and changed while the guest runs."""
+"""A domain's drives: which image is in which place, opened and locked, and changed while the guest runs.
+
+A PC that is Xen's has its disks twice, as Xen's have: firmware finds them as IDE disks, and a guest that knows Xen
+takes those off by the platform device's unplug protocol before it uses the same disks by their paravirtual drivers.
+Never both: a paravirtual disk waits until its twin is off and flushed, and the twin is back only after a reset, when
+the paravirtual one has ended. Image and lock are the domain's.
+"""
 
 import contextlib
+import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from nonroot.backends import BlockService, Drive, Image, open_image
+from nonroot.backends.handover import describe_image, image_from
+from nonroot.backends.raw import RawImage
 from nonroot.backends.service import LATENCY_NS
-from nonroot.backends.vdev import disk_name
+from nonroot.backends.vdev import disk_index, disk_name
 from nonroot.devices.block import BlockPort
 from nonroot.devices.ide_unit import CdRom, Disk
 from nonroot.devices.storage import Storage, attach_storage
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadOptionError, UnsupportedError
 from nonroot.hvm.pc import Board
+from nonroot.xen.platform_pci import UNPLUG_AUXILIARY, UNPLUG_DISKS, XenPlatform
 
 __all__ = [
     "EMPTY",
     "MOST_DISKS",
+    "DiskPlan",
     "Drives",
+    "Twin",
     "check_drives",
     "has_named_places",
     "ide_disks",
     "paravirtual_disks",
+    "plan_disks",
 ]
 
 EMPTY: Final = "none"
@@ -38,17 +52,38 @@ CD_ORDER: Final = (2, 3, 1, 0)
 
 IDE: Final = "ide"
 """The option of a disk that is to be an emulated one although it need not."""
-_PLACE: Final = re.compile(r"xvd[a-z]{1,2}")
+_PLACE: Final = re.compile(r"xvd[a-z]{1,2}|hd[a-d]|sd[a-p]")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """What one disk of the options is to be."""
+
+    image: str
+    """With its options, as :class:`nonroot.backends.Drive` parses them."""
+    name: str | None
+    """Among Xen's (``xvda``); None: it is none of them."""
+    emulated: bool
+    """Whether it is an IDE disk; with a name, until the guest unplugs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A disk that is both: what Xen's half needs."""
+
+    image: Image
+    owned: bool
+    """Whether Xen's half has to close the image."""
+    drive: Drive
 
 
 def check_drives(options: DomainOptions) -> None:
     """BadOptionError or BadFileError, one sentence, for drives that cannot be; images are looked at, not locked."""
     if options.xen is False and has_named_places(options):
         raise BadOptionError("only a domain with Xen's disks has names for their places: leave xvda and the like out")
-    emulated = ide_disks(options)
+    emulated = [plan for plan in plan_disks(options) if plan.emulated]
     if len(emulated) + len(options.cdroms) > IDE_PLACES:
         raise BadOptionError(f"a domain has at most {IDE_PLACES} disks and CD-ROM drives together that are emulated")
-    paravirtual_disks(options)
     if len(options.floppies) > FLOPPY_PLACES:
         raise BadOptionError(f"a domain has at most {FLOPPY_PLACES} floppy drives")
     for drive in _drives(options):
@@ -66,8 +101,14 @@ def _place(text: str) -> tuple[str | None, str]:
 
 
 def _is_paravirtual(options: DomainOptions, place: str | None) -> bool:
-    """Whether a disk is Xen's: in a guest of firmware only those with a place of Xen's, which its boot disk has not."""
-    return options.xen is not False and place != IDE and (options.firmware is None or place is not None)
+    return options.xen is not False and place != IDE
+
+
+def _wants_twin(options: DomainOptions, place: str | None) -> bool:
+    """Whether a disk of Xen's is to be an emulated one, too: where firmware looks for it, or its name is one's."""
+    return options.firmware is not None or (
+        place is not None and not place.startswith("xvd") and options.protocol in ("linux64", "linux32")
+    )
 
 
 def has_named_places(options: DomainOptions) -> bool:
@@ -75,28 +116,43 @@ def has_named_places(options: DomainOptions) -> bool:
     return any(_place(text)[0] not in (None, IDE) for text in options.disks)
 
 
+def plan_disks(options: DomainOptions) -> list[DiskPlan]:
+    """What each disk is to be, in the options' order. BadOptionError if two have one place, or there are too many.
+
+    Of disks that are Xen's and emulated, the first ones are; IDE has no more than four places.
+    """
+    pairs = [_place(text) for text in options.disks]
+    places = [place for place, _ in pairs if _is_paravirtual(options, place)]
+    taken: dict[int, str] = {}
+    for place in [place for place in places if place is not None]:
+        other = taken.setdefault(disk_index(place), place)
+        if places.count(place) > 1 or other != place:
+            names = " and ".join(dict.fromkeys((other, place)))
+            raise BadOptionError(f"two disks have the same place: {names}")
+    free = iter([disk_name(index) for index in range(MOST_DISKS) if index not in taken])
+    room = IDE_PLACES - len(options.cdroms) - (len(pairs) - len(places))
+    found = []
+    for place, image in pairs:
+        if not _is_paravirtual(options, place):
+            found.append(DiskPlan(image, None, True))
+            continue
+        name = place or next(free, None)
+        if name is None:
+            raise BadOptionError(f"a domain has at most {MOST_DISKS} disks, xvda to {disk_name(MOST_DISKS - 1)}")
+        emulated = room > 0 and _wants_twin(options, place)
+        room -= emulated
+        found.append(DiskPlan(image, name, emulated))
+    return found
+
+
 def ide_disks(options: DomainOptions) -> list[str]:
     """The images of disks that are emulated."""
-    pairs = [_place(text) for text in options.disks]
-    return [image for place, image in pairs if not _is_paravirtual(options, place)]
+    return [plan.image for plan in plan_disks(options) if plan.emulated]
 
 
 def paravirtual_disks(options: DomainOptions) -> list[tuple[str, str]]:
-    """The names of Xen's disks, and their images. BadOptionError if two have the same name, or there are too many."""
-    pairs = [_place(text) for text in options.disks]
-    wanted = [(place, image) for place, image in pairs if _is_paravirtual(options, place)]
-    names = [place for place, _ in wanted if place is not None]
-    for name in names:
-        if names.count(name) > 1:
-            raise BadOptionError(f"two disks have the same place: {name}")
-    free = (name for name in map(disk_name, range(MOST_DISKS)) if name not in names)
-    found = []
-    for place, image in wanted:
-        chosen = place or next(free, None)
-        if chosen is None:
-            raise BadOptionError(f"a domain has at most {MOST_DISKS} disks, xvda to {disk_name(MOST_DISKS - 1)}")
-        found.append((chosen, image))
-    return found
+    """The names of Xen's disks, and their images."""
+    return [(plan.name, plan.image) for plan in plan_disks(options) if plan.name is not None]
 
 
 def _disk(text: str) -> Drive:
@@ -136,7 +192,8 @@ class Drives:
         self.storage: Storage | None = None
         """The controllers, once attached."""
         try:
-            disks = [self._image(_disk(text)) for text in ide_disks(options)]
+            plans = [plan for plan in plan_disks(options) if plan.emulated]
+            disks = [self._image(_disk(plan.image)) for plan in plans]
             cds = [None if text == EMPTY else self._image(_cd(text)) for text in options.cdroms]
             self._floppies = [None if text == EMPTY else self._floppy_image(text) for text in options.floppies]
         except BaseException:
@@ -146,8 +203,14 @@ class Drives:
         for place, cd in zip(CD_ORDER, cds, strict=False):
             self._places[place] = (True, cd)
         free = (place for place in range(IDE_PLACES) if self._places[place] is None)
-        for place, disk in zip(free, disks, strict=False):
+        self._twins: dict[int, tuple[str, Image, Drive]] = {}
+        for place, disk, plan in zip(free, disks, plans, strict=False):
             self._places[place] = (False, disk)
+            if plan.name is not None:
+                self._twins[place] = plan.name, disk, _disk(plan.image)
+        self._twin_services: dict[int, BlockService] = {}
+        self.on_twins: Callable[[set[str]], object] = lambda names: None
+        """Called in the vCPU's thread, with the names of Xen's disks whose twins are off, when that has changed."""
         self._cd_places = CD_ORDER[: len(cds)]
         self.wanted = bool(disks or cds or self._floppies or self._firmware)
         """Whether the machine has controllers at all."""
@@ -174,6 +237,8 @@ class Drives:
                 continue
             is_cd, image = place
             port = None if image is None else self._service(image)
+            if port is not None and number in self._twins:
+                self._twin_services[number] = port
             serial = f"NR{number + 1:08d}"
             if is_cd:
                 drives.append(CdRom(port, serial))
@@ -182,6 +247,43 @@ class Drives:
                 drives.append(Disk(port, serial))
         floppies: list[BlockPort | None] = [None if i is None else self._service(i) for i in self._floppies]
         self.storage = attach_storage(board, drives, floppies, enabled=not self._firmware)
+        platform = next((device for device in board.devices if isinstance(device, XenPlatform)), None)
+        if platform is not None:
+            platform.unplug = self._unplug
+
+    # ── disks that are Xen's, too ──
+
+    def twins(self) -> dict[str, Twin]:
+        """Of each such disk, by Xen's name: what Xen's half uses while the emulated one is off. To be called once.
+
+        Files are shared by descriptors, so that the lock is one; other images by one object.
+        """
+        found = {}
+        for name, image, drive in self._twins.values():
+            described = describe_image(image)
+            if described is None:
+                found[name] = Twin(image, False, drive)
+            else:
+                description, files = described
+                found[name] = Twin(image_from(description, [os.dup(fd) for fd in files]), True, drive)
+        return found
+
+    def _unplug(self, mask: int) -> None:
+        """The guest has given up what ``mask`` says, or a reset has given all back. In the vCPU's thread."""
+        storage = self.storage
+        assert storage is not None
+        off = set()
+        for place, (name, image, _) in self._twins.items():
+            if mask & UNPLUG_DISKS or (mask & UNPLUG_AUXILIARY and place > 0):
+                storage.ide.unplug(place)
+                with contextlib.suppress(OSError):  # a full or failing disk: the guest was told of its writes
+                    self._twin_services[place].settle()
+                off.add(name)
+            else:
+                if isinstance(image, RawImage):
+                    image.look_again()
+                storage.ide.plug(place)
+        self.on_twins(off)
 
     def _service(self, image: Image) -> BlockService:
         board = self._board
@@ -242,6 +344,7 @@ class Drives:
             return
         ports = [unit.drive.port for unit in storage.ide.units if unit.drive is not None]
         ports += storage.floppy.media if storage.floppy is not None else []
+        ports += self._twin_services.values()
         for service in [service for service in self._services if all(service is not port for port in ports)]:
             self._services.remove(service)
             self._open = [image for image in self._open if image is not service.image]

@@ -18,7 +18,7 @@ from nonroot.backends.switch import join_network
 from nonroot.backends.vdev import disk_name, vdev_number
 from nonroot.backends.vif import random_mac
 from nonroot.backends.xenbus import XenbusState
-from nonroot.domain.drives import MOST_DISKS
+from nonroot.domain.drives import MOST_DISKS, Twin
 from nonroot.domain.networks import Network
 from nonroot.domain.pv_devices import PvDevices
 from nonroot.domain.registry import runtime_dir
@@ -41,6 +41,7 @@ class GuestDevices:
         self._store: XenStore | None = None
         self._devices: PvDevices | None = None
         self._facts: dict[tuple[str, int], dict[str, Any]] = {}
+        self._twins: dict[str, int] = {}
         self._closed = False
 
     def _open(self) -> PvDevices:
@@ -65,16 +66,37 @@ class GuestDevices:
         devices = self._open()
         vdev = self._free_name() if vdev is None else vdev
         device = devices.add_disk(vdev, drive, cdrom)
-        self._facts["vbd", device.number] = {
+        return self._keep_facts(vdev, device.number, drive, cdrom)
+
+    def add_twin(self, vdev: str, twin: Twin) -> dict[str, Any]:
+        """A disk that is emulated until :meth:`twins_are_off` names it. Its facts."""
+        device = self._open().add_twin(vdev, twin.image, twin.owned)
+        self._twins[vdev] = device.number
+        return self._keep_facts(vdev, device.number, twin.drive, False)
+
+    def twins_are_off(self, names: set[str]) -> None:
+        """The emulated twins of these disks are off. In the vCPU's thread."""
+        devices = self._devices
+        if devices is not None and names:
+            devices.offer({self._twins[name] for name in names})
+
+    def restart(self) -> None:
+        """The machine starts again: connections end, and devices are as at first. In the vCPU's thread."""
+        devices = self._devices
+        if devices is not None:
+            devices.restart(set(self._twins.values()))
+
+    def _keep_facts(self, vdev: str, number: int, drive: Drive, cdrom: bool) -> dict[str, Any]:
+        self._facts["vbd", number] = {
             "vdev": vdev,
-            "number": device.number,
+            "number": number,
             "image": drive.path,
             "format": drive.effective_format,
             "read_only": drive.read_only,
             "overlay": drive.overlay,
             "cdrom": cdrom,
         }
-        return self._describe("vbd", device.number)
+        return self._describe("vbd", number)
 
     def _free_name(self) -> str:
         taken = {number for kind, number in self._there() if kind == "vbd"}

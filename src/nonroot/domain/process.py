@@ -373,6 +373,9 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         if how not in ("poweroff", "reboot"):
             raise BadOptionError(f"a guest cannot be asked for {how!r}")
         services = self._xen_services()
+        if services is not None and self._options is not None and self._options.firmware is not None:
+            # What a PC boots may know nothing of Xen, or has not come so far.
+            services = services if services.listens() else None
         if services is None or params.get("acpi"):
             return self._do_power_button(connection, request, params, blob) | {"by": "power button"}
         services.shutdown(how)
@@ -392,6 +395,32 @@ class DomainProcess(DisplayRequests, DeviceRequests):
             )
         services.set_memory(size)
         self._messages.say(f"asked for a memory of {size >> 20} MiB")
+        return {}
+
+    def _do_limit_memory(
+        self, connection: Connection, request: int, params: dict[str, Any], blob: bytes
+    ) -> dict[str, Any]:
+        """Let the guest's balloon driver have so many bytes at most."""
+        services, size = self._xen_services(), params.get("bytes")
+        if not isinstance(size, int) or size < 1 << 20:
+            raise BadOptionError("a guest cannot do with less than 1 MiB")
+        if services is None:
+            raise UnsupportedError(
+                "its memory cannot be limited while it runs: only that of a Xen domain can grow and shrink"
+            )
+        services.limit_memory(size)
+        self._messages.say(f"limited to a memory of {size >> 20} MiB")
+        return {}
+
+    def _do_sysrq(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        """Press a magic SysRq key through XenStore."""
+        services, key = self._xen_services(), params.get("key")
+        if not isinstance(key, str) or len(key) != 1 or not key.isascii() or not key.isalnum():
+            raise BadOptionError(f"{str(key)[:20]!r} is no SysRq key: use one letter or digit")
+        if services is None:
+            raise UnsupportedError("it was not started as a Xen domain, so it hears no SysRq keys through XenStore")
+        services.sysrq(key)
+        self._messages.say(f"SysRq {key} through XenStore")
         return {}
 
     def _xen_services(self) -> Any:

@@ -19,7 +19,9 @@ from typing import Final
 from nonroot.backends.drive import Drive, open_image
 from nonroot.backends.handover import describe_image
 from nonroot.backends.helper import Helper
+from nonroot.backends.image import Image
 from nonroot.backends.link import Link
+from nonroot.backends.raw import RawImage
 from nonroot.backends.slirp import UserNetwork, start_user_network
 from nonroot.backends.supervisor import BackendProcess
 from nonroot.backends.vbd import BlockDevice, create_vbd
@@ -48,11 +50,22 @@ class PvDevice:
     backend: BackendDevice
     helper: Helper | None = None
     """The process at the other end of a card's link, if it is ours alone."""
+    renew: Callable[[], object] = lambda: None
+    """Makes its folders in XenStore as they were at first."""
+    waits: bool = False
+    """Whether it is not to be offered until its emulated twin is off."""
 
     @property
     def state(self) -> XenbusState:
         """Of the backend."""
         return self.backend.state
+
+
+class LentDisk(BlockDevice):
+    """A disk whose image stays somebody else's."""
+
+    def release(self) -> None:
+        """The image is not closed."""
 
 
 class PvDevices:
@@ -77,11 +90,24 @@ class PvDevices:
         """A disk by its name in the guest (``xvda``). BadOptionError, BadFileError, UnsupportedError."""
         number = vdev_number(vdev)
         self._check_free("vbd", number, f"there is a disk {vdev} already")
-        image = open_image(drive)
+        return self._add_disk(vdev, number, open_image(drive), cdrom)
+
+    def add_twin(self, vdev: str, image: Image, owned: bool) -> PvDevice:
+        """A disk that is an emulated one until :meth:`offer` names it. ``owned``: the image is to be closed with it."""
+        number = vdev_number(vdev)
+        self._check_free("vbd", number, f"there is a disk {vdev} already")
+        return self._add_disk(vdev, number, image, False, waits=True, owned=owned)
+
+    def _add_disk(
+        self, vdev: str, number: int, image: Image, cdrom: bool, waits: bool = False, owned: bool = True
+    ) -> PvDevice:
+        def make() -> str:
+            return create_vbd(self._store, self._access.domid, vdev, image, cdrom)
+
         try:
-            path = create_vbd(self._store, self._access.domid, vdev, image, cdrom)
+            path = make()
             shared = self.process is not None and describe_image(image) is not None
-            backend = BlockDevice(
+            backend = (BlockDevice if owned else LentDisk)(
                 self._store,
                 path,
                 self._access,
@@ -91,9 +117,10 @@ class PvDevices:
                 process=self.process if shared else None,
             )
         except BaseException:
-            image.close()
+            if owned:
+                image.close()
             raise
-        return self._add(PvDevice("vbd", number, backend))
+        return self._add(PvDevice("vbd", number, backend, renew=make, waits=waits))
 
     def resized(self, vdev: str) -> None:
         """Tell the guest that a disk's image has another size. NotRunningError if there is no such disk."""
@@ -119,9 +146,14 @@ class PvDevices:
                 taken = {number for kind, number in self._devices if kind == "vif"}
                 number = min(set(range(len(taken) + 1)) - taken) if index is None else index
                 self._check_free("vif", number, f"there is a network card {number} already")
-                path = create_vif(self._store, self._access.domid, number, mac or random_mac(random.SystemRandom()))
+                address = mac or random_mac(random.SystemRandom())
+
+                def make() -> str:
+                    return create_vif(self._store, self._access.domid, number, address)
+
+                path = make()
                 backend = NetDevice(self._store, path, self._access, link, post=self._post, process=self.process)
-                return self._add(PvDevice("vif", number, backend, helper))
+                return self._add(PvDevice("vif", number, backend, helper, make))
         except BaseException:
             link.close()
             if helper is not None:
@@ -139,6 +171,44 @@ class PvDevices:
         """Ask the guest to let go of a device; it is gone when the guest has. NotRunningError."""
         device = self._find(kind, number, f"there is no {kind} {number}")
         self._post(lambda: self._begin_removal(device))
+
+    def offer(self, numbers: set[int]) -> None:
+        """These disks are emulated no more: the guest may have them. In the vCPU's thread; returns at once."""
+        for device in self.devices():
+            if device.waits and device.number in numbers:
+                device.waits = False
+                backend = device.backend
+                if isinstance(backend, BlockDevice) and isinstance(backend.image, RawImage):
+                    backend.image.look_again()
+                self._post(backend.start)
+
+    def restart(self, twins: set[int]) -> None:
+        """The machine starts again: all connections end, and devices are offered as at first; disks of ``twins`` wait
+        for :meth:`offer` again. In the vCPU's thread; when this returns, nothing of the guest's memory is in use.
+        """
+        done = threading.Event()
+
+        def begin() -> None:
+            devices = self.devices()
+            try:
+                for device in devices:
+                    with contextlib.suppress(XenStoreError, XenStoreLostError):
+                        device.backend.stop()
+            finally:
+                done.set()
+            for device in devices:
+                device.renew()
+                if not device.waits:
+                    device.backend.start()
+
+        for device in self.devices():
+            if device.kind == "vbd" and device.number in twins:
+                device.waits = True
+        if self._thread is None:
+            return
+        self._post(begin)
+        while not done.wait(RETRY_SECONDS) and not self._closing.is_set():
+            pass
 
     def close(self) -> None:
         """The domain is over. Safe to call again."""
@@ -179,7 +249,8 @@ class PvDevices:
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="nonroot-xenbus", daemon=True)
                 self._thread.start()
-        self._post(device.backend.start)
+        if not device.waits:
+            self._post(device.backend.start)
         return device
 
     def _post(self, call: Callable[[], object]) -> None:

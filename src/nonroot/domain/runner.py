@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from nonroot.devices.ps2 import Ps2Controller
 from nonroot.devices.vga import Vga
 from nonroot.domain import host, pc
 from nonroot.domain.display import Seat
-from nonroot.domain.drives import Drives, paravirtual_disks
+from nonroot.domain.drives import Drives, paravirtual_disks, plan_disks
 from nonroot.domain.guest_setup import INIT_PATH, GuestSetup
 from nonroot.domain.initramfs import AGENT_PATH, agent_program, kernel_bits, with_agent
 from nonroot.domain.mailbox import Mailbox
@@ -36,6 +37,7 @@ from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lin
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.ram import BoardRam
 from nonroot.xen.config import XenConfig
+from nonroot.xen.platform_pci import XenPlatform
 
 if TYPE_CHECKING:
     from nonroot.domain.guest_devices import GuestDevices
@@ -157,6 +159,10 @@ class Runner:
         if self.xen is not None and machine.xen is not None:
             self.xen.attach(machine.xen)
             self.guest_devices = self._plug(machine.xen)
+            self.drives.on_twins = self.guest_devices.twins_are_off
+            platform = next((device for device in machine.board.devices if isinstance(device, XenPlatform)), None)
+            if platform is not None:
+                platform.unplug = partial(self._unplug, off=platform.unplug)
         return machine
 
     def _plug(self, host: "XenHost") -> "GuestDevices":
@@ -166,14 +172,27 @@ class Runner:
         options = self._options
         devices = GuestDevices(host, options.name)
         try:
-            for name, image in paravirtual_disks(options):
-                devices.add_disk(image, name)
+            twins = self.drives.twins()
+            for plan in plan_disks(options):
+                if plan.name in twins:
+                    devices.add_twin(plan.name, twins.pop(plan.name))
+                elif plan.name is not None:
+                    devices.add_disk(plan.image, plan.name)
             for network in parse_networks(options.networks, options.publish):
                 devices.add_network(network)
         except BaseException:
             devices.close()
             raise
         return devices
+
+    def _unplug(self, mask: int, off: Callable[[int], object]) -> None:
+        """A Xen guest gives emulated devices up; or, with 0, the machine starts again. In the vCPU's thread."""
+        if mask == 0:
+            if self.xen is not None:
+                self.xen.restart()
+            if self.guest_devices is not None:
+                self.guest_devices.restart()
+        off(mask)
 
     def _find_seat(self) -> Seat | None:
         machine = self._machine

@@ -11,24 +11,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from nonroot.errors import TransientError
 from nonroot.xen.config import LAST_DOMID
 from nonroot.xen.host import STORE_GFN, XenHost
-from nonroot.xenstore.client import XenStore
+from nonroot.xenstore.client import Requests, XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
 from nonroot.xenstore.relay import Relay
 
-__all__ = ["StoreLink", "XenServices"]
+__all__ = ["StoreLink", "XenServices", "start_time"]
 
 DOMAINS: Final = "/tool/nonroot/domain"
-"""Below it, for each domain: the process that has it."""
+"""Below it, for each domain: the process that has it, and when that was started (:func:`start_time`)."""
 READ_SIZE: Final = 1 << 16
 PATIENCE: Final = 2.0
 RETRIES: Final = 300
 RETRY_SECONDS: Final = 0.1
-OWN_NODES: Final = ("control/shutdown", "control/sysrq", "data", "drivers", "feature", "attr", "error")
+FEATURES: Final = ("poweroff", "reboot", "suspend", "sysrq")
+OWN_NODES: Final = (
+    *("control/shutdown", "control/sysrq", "data", "drivers", "feature", "attr", "error"),
+    *(f"control/feature-{name}" for name in FEATURES),
+)
 """Nodes that the guest may write."""
 
 
@@ -59,6 +64,11 @@ class StoreLink:
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(PATIENCE)
+
+    def restart(self) -> None:
+        """The guest starts again: nothing of what it asked for before is for it. In the vCPU's thread."""
+        with self._lock:
+            self._relay.reset()
 
     def _from_guest(self, data: bytes) -> None:
         with self._lock:
@@ -124,6 +134,7 @@ class XenServices:
         """
         self.store = store
         self._tool = path
+        self._memory = memory
         try:
             self._sweep()
             self.domid = self._take_number(domid)
@@ -149,6 +160,32 @@ class XenServices:
     def shutdown(self, how: str = "poweroff") -> None:
         """Ask the guest to shut down: ``poweroff`` or ``reboot``."""
         self.store.write(f"{self.home}/control/shutdown", how)
+
+    def limit_memory(self, size: int) -> None:
+        """The guest's balloon is to let it have ``size`` bytes at most, as the hypervisor does."""
+        self.store.write(f"{self.home}/memory/static-max", str(size >> 10))
+        if self._host is not None:
+            self._host.limit_memory(size)
+
+    def listens(self) -> bool:
+        """Whether the guest has said that it hears :meth:`shutdown`."""
+        with contextlib.suppress(XenStoreError, XenStoreLostError):
+            return self.store.read(f"{self.home}/control/feature-poweroff") == "1"
+        return False
+
+    def sysrq(self, key: str) -> None:
+        """Press a magic SysRq key, one character."""
+        self.store.write(f"{self.home}/control/sysrq", key)
+
+    def restart(self) -> None:
+        """The machine starts again: the guest's nodes are as at first. In the vCPU's thread."""
+        if self._link is not None:
+            self._link.restart()
+        with contextlib.suppress(XenStoreError, XenStoreLostError):
+            for attempt in self.store.transaction():
+                with attempt as t:
+                    self._make_own_nodes(t)
+                    t.write(f"{self.home}/memory/target", str(self._memory >> 10))
 
     def set_memory(self, size: int) -> None:
         """Ask the guest's balloon driver to leave it ``size`` bytes."""
@@ -204,7 +241,7 @@ class XenServices:
                         if wanted
                         else "there are no numbers left for another Xen domain"
                     )
-                t.write(f"{self._tool}/{number}", str(os.getpid()))
+                t.write(f"{self._tool}/{number}", f"{os.getpid()} {start_time(os.getpid())}")
                 t.mkdir(f"/local/domain/{number}")
         assert number is not None
         return number
@@ -229,18 +266,20 @@ class XenServices:
                 t.set_permissions(home, readable)
                 for key, value in nodes.items():
                     t.write(f"{home}/{key}", value)
-                for key in OWN_NODES:
-                    t.write(f"{home}/{key}", "")
-                    t.set_permissions(f"{home}/{key}", [f"n{domid}"])
-                for key in ("poweroff", "reboot", "suspend"):
-                    t.write(f"{home}/control/feature-{key}", "")
-                    t.set_permissions(f"{home}/control/feature-{key}", [f"n{domid}"])
+                self._make_own_nodes(t)
+
+    def _make_own_nodes(self, store: Requests) -> None:
+        for key in OWN_NODES:
+            path = f"{self.home}/{key}"
+            store.rm(path)
+            store.write(path, "")
+            store.set_permissions(path, [f"n{self.domid}"])
 
     def _sweep(self) -> None:
         """Remove domains whose processes are gone."""
         for name in _names(self.store.ls, self._tool):
-            pid = self.store.read(f"{self._tool}/{name}")
-            if name.isdigit() and pid is not None and pid.isdigit() and not _alive(int(pid)):
+            pid, _, start = (self.store.read(f"{self._tool}/{name}") or "").partition(" ")
+            if name.isdigit() and pid.isdigit() and not _alive(int(pid), start):
                 self._remove(int(name))
 
     def _remove(self, domid: int) -> None:
@@ -261,11 +300,18 @@ def _names(ls: Callable[[str], list[str]], path: str) -> list[str]:
         return []
 
 
-def _alive(pid: int) -> bool:
+def start_time(pid: int) -> str:
+    """When a process was started, in the kernel's ticks: with its number, it is nobody else's. Empty: it has gone.
+
+    Source: proc(5), the 22nd value of /proc/PID/stat.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _alive(pid: int, start: str) -> bool:
+    """Whether that process lives, and is the one that was started then, if that is known."""
+    now = start_time(pid)
+    return now == start if start and now else bool(now)

@@ -24,17 +24,18 @@ MARKS: Final = (b"Xen HVM\0", b"xenboot\0")
 MAX_KERNEL: Final = 512 << 20
 
 
-def choose_xen(options: DomainOptions) -> None:
+def choose_xen(options: DomainOptions, switch: str = "add --xen (xen=True)") -> None:
     """Decide ``options.xen`` if it is None: False, True where something needs it, or None for "if XenStore can be had".
 
-    After kernel and initramfs have been found. UnsupportedError where network cards would need it and cannot have it.
+    After kernel and initramfs have been found. ``switch``: how the user says that it is to be, for the refusal.
+    UnsupportedError where network cards would need it and cannot have it.
     """
     if options.xen is not None:
         return
     needed = "network cards" if options.networks or options.publish else ""
     if has_named_places(options):
         needed = "disks with a place of their own"
-    reason = _against(options, bool(needed))
+    reason = _against(options, bool(needed), switch)
     if reason is None:
         options.xen = True if needed else None
     elif needed:
@@ -43,19 +44,19 @@ def choose_xen(options: DomainOptions) -> None:
         options.xen = False
 
 
-def _against(options: DomainOptions, needed: bool) -> str | None:
+def _against(options: DomainOptions, needed: bool, switch: str) -> str | None:
     """Why not; the rest of a sentence."""
     if options.firmware is not None:
-        return "a guest that starts in firmware is Xen's only if you say so: add --xen (xen=True)"
+        return "a guest that starts in firmware is Xen's only if you say so: " + switch
     if options.virtual_time:
-        return "in virtual time they would make runs differ: add --xen (xen=True) if you want that"
+        return "in virtual time they would make runs differ: " + f"{switch} if you want that"
     if options.kernel is None or options.protocol == "multiboot":
         return "only a Linux kernel that nonroot starts itself finds them"
     path = Path(options.kernel)
     known = _configured(path)
     if known is None:
         known = (needed or bool(options.disks)) and knows_xen(path)
-    return None if known else f"the kernel {path.name} has no drivers for them: add --xen (xen=True) if it has"
+    return None if known else f"the kernel {path.name} has no drivers for them: {switch} if it has"
 
 
 def _configured(kernel: Path) -> bool | None:

@@ -24,7 +24,7 @@ from nonroot.testing.modules import modules_archive
 
 __all__ = ["debian_cd", "debian_disk", "grub_disk", "isolinux_cd", "mbr", "run_tool"]
 
-RECIPE: Final = "3"
+RECIPE: Final = "4"
 """Changes whenever an image made of the same software would be another."""
 MIB: Final = 1 << 20
 SECTOR: Final = 512
@@ -36,12 +36,12 @@ GRUB_MODULES: Final = (
     *("biosdisk", "part_msdos", "ext2", "normal", "linux", "serial", "terminal", "configfile", "echo", "test"),
     *("reboot", "halt", "ls", "cat", "minicmd", "vga_text"),
 )
-ROOT_MODULES: Final = ("ata_piix", "sd_mod", "sr_mod", "crc32c_generic", "ext4")
+ROOT_MODULES: Final = ("ata_piix", "sd_mod", "sr_mod", "crc32c_generic", "ext4", "xen-blkfront", "xen-netfront")
 CD_MODULES: Final = ("ata_piix", "sd_mod", "sr_mod", "isofs")
 
 INITRAMFS_INIT: Final = """\
 #!/bin/sh
-# Finds the root file system that the kernel's command line names, and goes there.
+# Finds the root file system that the kernel's command line names, and goes there: in a Xen domain, sda1 is xvda1.
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -51,7 +51,11 @@ for word in $(cat /proc/cmdline); do
 done
 sh /etc/load-modules
 n=0
-while [ ! -b "$root" ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
+while [ ! -b "$root" ] && [ $n -lt 100 ]; do
+    xen="/dev/xvd${root#/dev/sd}"
+    [ -b "$xen" ] && root="$xen" || sleep 0.1
+    n=$((n + 1))
+done
 mount -t ext4 -o rw "$root" /mnt || exec sh
 umount /proc /sys
 mount --move /dev /mnt/dev

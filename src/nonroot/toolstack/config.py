@@ -13,12 +13,13 @@ from nonroot.domain.initramfs import kernel_bits
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import check_name
 from nonroot.domain.viewers import parse_address
+from nonroot.domain.xen_choice import choose_xen
 from nonroot.errors import BadFileError, BadOptionError, UnsupportedError
 from nonroot.toolstack.disks import DiskSpec, parse_disk
-from nonroot.toolstack.vifs import parse_vif
+from nonroot.toolstack.vifs import parse_vif, with_mac
 from nonroot.toolstack.xlcfg import MAX_TEXT, Value, parse
 
-__all__ = ["ACTIONS", "Config", "Policy", "fetch_software", "read_config"]
+__all__ = ["ACTIONS", "Config", "Policy", "fetch_software", "read_config", "settle_xen"]
 
 DEFAULT_MEMORY: Final = 256
 """MiB."""
@@ -267,11 +268,10 @@ class _Interpreter:
         if config.default_guest and ramdisk:
             raise BadOptionError("a ramdisk needs its kernel")
         networks = [parse_vif(text) for text in self._texts("vif")]
-        xen = self._all.get("nonroot_xen") is not None and bool(self._number("nonroot_xen", 0))
-        if networks and not xen:
-            if firmware is not None or self._all.get("nonroot_xen") is not None:
-                raise UnsupportedError("vif: nonroot emulates no network cards, and Xen's need nonroot_xen=1")
-            xen = True
+        chosen = self._all.get("nonroot_xen") is not None
+        xen = bool(self._number("nonroot_xen", 0)) if chosen else (None if firmware is None else True)
+        if networks and xen is False:
+            raise UnsupportedError("vif: nonroot emulates no network cards, and Xen's need nonroot_xen=1")
         return DomainOptions(
             kernel=kernel,
             initrd=ramdisk,
@@ -280,9 +280,9 @@ class _Interpreter:
             quiet=False,
             agent=False,
             engine=self._text("nonroot_engine") or "auto",
-            protocol=_protocol(config.kind, kernel, xen),
+            protocol="pvh" if config.kind == "pvh" and kernel is not None else "auto",
             boot=boot,
-            disks=[_drive(disk, xen and firmware is None) for disk in config.disks if not disk.is_cd],
+            disks=[disk.drive() for disk in config.disks if not disk.is_cd],
             cdroms=[disk.drive() for disk in cds],
             reboot=config.policy.on_reboot == "restart",
             display=config.kind == "hvm" or bool(self._all.get("vnc")),
@@ -359,21 +359,25 @@ class _Interpreter:
             self._warnings.append(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _drive(disk: DiskSpec, has_xen: bool) -> str:
-    """A disk as :class:`DomainOptions` wants it: its name says whether it is Xen's, where the guest has those."""
-    if not has_xen:
-        return disk.drive()
-    return f"{disk.drive()},{disk.vdev if disk.vdev.startswith('xvd') else 'ide'}"
+def settle_xen(config: Config) -> None:
+    """Decide whether the domain is Xen's, once its kernel is known, and what follows for its disks and cards.
+
+    As on a real Xen all are, but for kernels that know nothing of it. UnsupportedError for cards in such a domain.
+    """
+    options = config.options
+    choose_xen(options, "say nonroot_xen=1")
+    if options.xen is False:
+        return
+    if config.kind == "hvm" and options.kernel is not None:
+        options.protocol = _pc_protocol(options.kernel)
+    disks = [disk for disk in config.disks if not disk.is_cd]
+    options.disks = [f"{drive},{disk.vdev}" for drive, disk in zip(options.disks, disks, strict=True)]
+    # A card keeps its address when the domain is started again.
+    options.networks = [with_mac(text) for text in options.networks]
 
 
-def _protocol(kind: str, kernel: str | None, xen: bool) -> str:
-    """How the kernel is entered: by PVH, or, for a Xen guest of type ``hvm``, as a PC's boot loader does it."""
-    if kernel is None:
-        return "auto"
-    if kind == "pvh":
-        return "pvh"
-    if not xen:
-        return "auto"
+def _pc_protocol(kernel: str) -> str:
+    """How a Xen guest of type ``hvm`` enters its kernel: as from a PC's boot loader."""
     try:
         with Path(kernel).open("rb") as file:
             bootable = is_bzimage(file.read(BZIMAGE_HEAD))
@@ -389,7 +393,16 @@ def _nameless() -> str:
 
 
 def fetch_software(config: Config, show: Callable[[str, float], None] | None = None) -> str | None:
-    """Fill in firmware, or the default guest; returns a note for the user. SoftwareMissingError."""
+    """Fill in firmware, or the default guest, and what depends on them; returns a note for the user.
+
+    SoftwareMissingError; UnsupportedError for what the kernel has no drivers for.
+    """
+    note = _fetch(config, show)
+    settle_xen(config)
+    return note
+
+
+def _fetch(config: Config, show: Callable[[str, float], None] | None) -> str | None:
     options = config.options
     if config.firmware is not None:
         from nonroot.guests.packages import ovmf, seabios

@@ -29,6 +29,7 @@ from nonroot.errors import (
 )
 from nonroot.toolstack import place, table
 from nonroot.toolstack.config import ACTIONS, Policy
+from nonroot.toolstack.devices import DeviceVerbs, number_cards
 from nonroot.toolstack.link import Link
 from nonroot.toolstack.table import CRASHES, Known
 
@@ -45,7 +46,7 @@ SUCCESSORS_KEPT: Final = 1000
 CONSOLE_LIMIT: Final = 1 << 20
 
 
-class DomainZero:
+class DomainZero(DeviceVerbs):
     """All requests are methods of this; they run in one event loop."""
 
     def __init__(self) -> None:
@@ -215,12 +216,39 @@ class DomainZero:
         most = known.facts.get("memory")
         if isinstance(size, int) and isinstance(most, int) and size > most:
             raise BadOptionError(f"{known.name} was made with {most >> 20} MiB, and can have no more while it runs")
+        limit = known.facts.get("memory_limit", most)
+        if isinstance(size, int) and isinstance(limit, int) and size > limit:
+            raise BadOptionError(f"{known.name} is limited to {limit >> 20} MiB; nonroot mem-max changes that")
         try:
             await known.link.request("set_memory", bytes=size)
         except UnsupportedError:
             if size != most:  # what it has is what it gets
                 raise
         return {}
+
+    async def do_limit_memory(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Let the guest have ``bytes`` of memory at most, until it is started again."""
+        known = self._going(await self._domain(params))
+        size, most = params.get("bytes"), known.facts.get("memory")
+        if isinstance(size, int) and isinstance(most, int) and size > most:
+            raise BadOptionError(
+                f"{known.name} was made with {most >> 20} MiB, and its limit cannot be above that; set memory= before "
+                "its start"
+            )
+        try:
+            await known.link.request("limit_memory", bytes=size)
+        except UnsupportedError:
+            if size != most:  # its limit is what it has
+                raise
+        known.facts["memory_limit"] = size
+        await known.link.request("describe", facts={"memory_limit": size})
+        return {}
+
+    async def do_sysrq(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Press a magic SysRq key, ``key``, through XenStore."""
+        known = self._going(await self._domain(params))
+        await known.link.request("sysrq", key=params.get("key"))
+        return {"by": "xenstore"}
 
     async def _ask_for(self, how: str, known: Known, acpi: bool) -> str:
         if known.state in ("paused", "created"):
@@ -321,6 +349,7 @@ class DomainZero:
         return known
 
     async def _set_up(self, known: Known, record: dict[str, Any]) -> None:
+        number_cards(record)
         options = record["options"] | {"name": known.name, "domid": known.domid}
         log = place.console_path(known.name)
         link = known.link

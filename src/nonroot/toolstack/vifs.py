@@ -1,11 +1,13 @@
 """xl's network interfaces: ``[mac=…,][bridge=…,]…``, and the networks that they mean."""
 
+import random
 from typing import Final
 
+from nonroot.backends.vif import random_mac
 from nonroot.domain.networks import USER, Network
 from nonroot.errors import BadOptionError, UnsupportedError
 
-__all__ = ["parse_vif"]
+__all__ = ["parse_vif", "with_mac"]
 
 _WITHOUT_EFFECT: Final = ("vifname", "script", "model", "accel")
 """What a Xen of hardware does on the host's side, or would emulate."""
@@ -51,3 +53,14 @@ def parse_vif(text: str) -> str:
     found = ",".join([network, *options])
     Network.parse(found)
     return found
+
+
+def with_mac(text: str) -> str:
+    """The same network, with an address for its card if it says none: the card has it for good then.
+
+    >>> with_mac("user,mac=00:16:3e:00:00:01")
+    'user,mac=00:16:3e:00:00:01'
+    """
+    if Network.parse(text).mac is not None:
+        return text
+    return f"{text},mac={random_mac(random.SystemRandom())}"

@@ -165,8 +165,9 @@ class XenHost:
         self._store_attached = False
         self._pointers = [GuestPointers(memory, vcpu.translate) for vcpu in vcpus]
         sched = SchedOps(self.channels, self.shared, config.domid, clock.now_ns, machine.sleep, machine.shutdown)
+        self._memory_ops = MemoryOps(self.physmap, self.table, machine.memory_map, config.domid)
         self._handlers: dict[int, Callable[[Call], int]] = {
-            Nr.MEMORY_OP: MemoryOps(self.physmap, self.table, machine.memory_map, config.domid),
+            Nr.MEMORY_OP: self._memory_ops,
             Nr.MULTICALL: self._multicall,
             Nr.SET_TIMER_OP: self._vcpu_ops.set_timer,
             Nr.XEN_VERSION: VersionOps(config.handle),
@@ -293,6 +294,10 @@ class XenHost:
     def set_param(self, param: Param, value: int) -> None:
         """Set a parameter, as the toolstack does."""
         self._hvm.params[param] = value
+
+    def limit_memory(self, size: int) -> None:
+        """Let the guest have ``size`` bytes at most; what it has beyond that it keeps. Any thread."""
+        self._memory_ops.limit = size >> 12
 
     def close(self) -> None:
         """For the end of the domain."""

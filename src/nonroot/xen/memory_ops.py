@@ -35,6 +35,8 @@ class MemoryOps:
         self._table = table
         self._map = memory_map
         self._domid = domid
+        self.limit = self._all
+        """Pages that the domain may have at most; what it has beyond it keeps. Any thread may set it."""
 
     def __call__(self, call: Call) -> int:
         """The hypercall."""
@@ -46,7 +48,7 @@ class MemoryOps:
             Mem.MAXIMUM_RAM_PAGE: lambda call: self._maximum_gpfn(),
             Mem.MAXIMUM_GPFN: lambda call: self._maximum_gpfn(),
             Mem.CURRENT_RESERVATION: lambda call: self._reservation(call, self._physmap.pool),
-            Mem.MAXIMUM_RESERVATION: lambda call: self._reservation(call, 0),
+            Mem.MAXIMUM_RESERVATION: lambda call: self._reservation(call, self._all - self.limit),
             Mem.ADD_TO_PHYSMAP: self._add,
             Mem.ADD_TO_PHYSMAP_BATCH: self._add_batch,
             Mem.REMOVE_FROM_PHYSMAP: self._remove,
@@ -66,7 +68,12 @@ class MemoryOps:
 
     def _reservation(self, call: Call, missing: int) -> int:
         self._check_domain(int.from_bytes(call.read(call.args[1], 2), "little"))
-        return sum(part.length for part in self._map.ram()) // 4096 - missing
+        return self._all - missing
+
+    @property
+    def _all(self) -> int:
+        """Pages that the domain was made with."""
+        return sum(part.length for part in self._map.ram()) // 4096
 
     # ── ballooning ──
 
@@ -104,7 +111,14 @@ class MemoryOps:
         return self._each(call, self._physmap.remove)
 
     def _populate(self, call: Call) -> int:
-        return self._each(call, self._physmap.populate)
+        allowed = self.limit - (self._all - self._physmap.pool)
+
+        def populate(gfn: int) -> bool:
+            nonlocal allowed
+            allowed -= 1
+            return allowed >= 0 and self._physmap.populate(gfn)
+
+        return self._each(call, populate)
 
     # ── frames ──
 

@@ -15,7 +15,15 @@ from nonroot.hvm.device import NO_EVENTS, Events, StateRecord, blob, expect, u8,
 from nonroot.hvm.pc import Board
 from nonroot.hvm.pci import CONFIG_SIZE
 
-__all__ = ["PLATFORM_SLOT", "UNPLUG_PORTS", "XenPlatform", "XenPlatformState", "attach_platform"]
+__all__ = [
+    "PLATFORM_SLOT",
+    "UNPLUG_AUXILIARY",
+    "UNPLUG_DISKS",
+    "UNPLUG_PORTS",
+    "XenPlatform",
+    "XenPlatformState",
+    "attach_platform",
+]
 
 PLATFORM_SLOT: Final = (5, 0)
 UNPLUG_PORTS: Final = 0x10
@@ -32,8 +40,10 @@ MAGIC: Final = 0x49D2
 PROTOCOL: Final = 1
 
 UNPLUG_DISKS: Final = 1 << 0
+"""All emulated disks; CD-ROM drives stay."""
 UNPLUG_NETWORK: Final = 1 << 1
 UNPLUG_AUXILIARY: Final = 1 << 2
+"""All emulated disks but the first."""
 UNPLUG_NVME: Final = 1 << 3
 UNPLUG_ALL: Final = 0xF
 
@@ -52,7 +62,7 @@ class XenPlatformState(StateRecord):
 
 
 class XenPlatform(PciDevice):
-    """The device. ``unplug(mask)`` is called when the guest gives emulated devices up."""
+    """The device. ``unplug(mask)`` is called when the guest gives emulated devices up, and with 0 at a reset."""
 
     def __init__(
         self,
@@ -72,7 +82,8 @@ class XenPlatform(PciDevice):
             connection,
         )
         self._events = events
-        self._unplug = unplug
+        self.unplug = unplug
+        """Whoever has the emulated devices may put its own here; in the vCPU's thread, it returns when they are off."""
         self._log = log
         self._product = self._build = self._unplugged = self._flags = 0
 
@@ -81,7 +92,7 @@ class XenPlatform(PciDevice):
         super().reset()
         self._product = self._build = self._unplugged = self._flags = 0
         self._load(XenPlatformState(bytes(self.data)))
-        self._unplug(0)
+        self.unplug(0)
 
     def read(self, offset: int, size: int) -> int:
         """The fixed ports; BARs read as zeros."""
@@ -102,7 +113,7 @@ class XenPlatform(PciDevice):
         elif offset == FIXED and size == 2:
             self._unplugged |= value & UNPLUG_ALL
             self._events(self.name, "unplug", value)
-            self._unplug(self._unplugged)
+            self.unplug(self._unplugged)
         elif offset == FIXED and size == 1:
             self._flags = value & 1
         elif offset == FIXED + 2 and size == 2:
@@ -121,7 +132,7 @@ class XenPlatform(PciDevice):
         record = expect(XenPlatformState, state)
         self.load_config(record.config)
         self._load(record)
-        self._unplug(record.unplugged)
+        self.unplug(record.unplugged)
 
     def _load(self, record: XenPlatformState) -> None:
         self._product, self._build = record.product, record.build
