@@ -358,17 +358,23 @@ def test_virtual_time_runs_are_the_same() -> None:
     assert runs[0] == runs[1]
 
 
+def run_until_timer_request(machine: Machine) -> None:
+    """Run, halted in the end, until the timer has asked for an interrupt."""
+    for _ in range(100):  # a busy machine may come to it only after the stop
+        threading.Timer(0.1, machine.stop).start()
+        assert run(machine).reason == Reason.STOPPED
+        if machine.pic.read(0, 1) & 1:
+            return
+    raise AssertionError("the timer asks for nothing")
+
+
 # PIT counter 0 in mode 0, one shot of about 27 ms; the guest halts with interrupts off, so nothing wakes it.
 ONE_SHOT = out8(0x43, 0x30) + out8(0x40, 0x00) + out8(0x40, 0x80) + HALT
 
 
 def test_idle_virtual_time_passes_at_once() -> None:
     machine = make(ONE_SHOT, virtual_time=(1, 1))
-    for _ in range(100):  # a busy machine may come to it only after the stop
-        threading.Timer(0.1, machine.stop).start()
-        assert run(machine).reason == Reason.STOPPED
-        if machine.pic.read(0, 1) & 1:
-            break
+    run_until_timer_request(machine)
     assert machine.vcpu.now_ns() == pytest.approx(3 * PORT_ACCESS_NS + 32769 * SECOND / 1_193_182, abs=2000)
     assert machine.pic.read(0, 1) & 1
 
@@ -409,12 +415,7 @@ MASKED_TIMER = out8(0x21, 0xFF) + out8(0x43, 0x34) + out8(0x40, 0xA9) + out8(0x4
 
 def test_a_timer_that_is_masked_wakes_nobody() -> None:
     machine = make(MASKED_TIMER, virtual_time=(1, 1))
-    for _ in range(100):  # a busy machine may come to it only after the stop
-        threading.Timer(0.1, machine.stop).start()
-        assert run(machine).reason == Reason.STOPPED
-        if machine.pic.read(0, 1) & 1:
-            break
-    assert machine.pic.read(0, 1) & 1
+    run_until_timer_request(machine)
     assert machine.vcpu.now_ns() < 3_000_000, "if something were due, idle virtual time would pass at once"
 
 
