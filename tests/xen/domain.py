@@ -1,14 +1,17 @@
 """A domain without a machine: real memory, a real hypervisor side, and a vCPU that only says what it was told."""
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
+from nonroot._engine import Memory, XenPath
 from nonroot.hvm.clock import ManualClock
 from nonroot.hvm.memory_map import MemoryMap
 from nonroot.hvm.ram import create_ram
 from nonroot.xen.config import XenConfig
 from nonroot.xen.host import Surroundings, XenHost
 from nonroot.xen.layout import ABI32, ABI64
+from nonroot.xen.memory import Place
 
 RAM = 16 << 20
 ARGUMENTS = 0x10_0000
@@ -55,7 +58,12 @@ class FakeVcpu:
 class Domain:
     """A guest by hand."""
 
-    def __init__(self, long: bool = True, config: XenConfig | None = None) -> None:
+    def __init__(
+        self,
+        long: bool = True,
+        config: XenConfig | None = None,
+        make_path: Callable[[Memory, Place], XenPath | None] = lambda memory, shared: None,
+    ) -> None:
         self.vcpu = FakeVcpu()
         self.vcpu.long = long
         self.abi = ABI64 if long else ABI32
@@ -87,6 +95,7 @@ class Domain:
                 shutdown=self.reasons.append,
                 console=self.console.extend,
                 debug=self.debug.extend,
+                make_path=lambda shared: make_path(self.memory, shared),
             ),
         )
 

@@ -385,16 +385,13 @@ impl Card {
             let mut request = [0u8; 8];
             self.rx.read(state.rx_index, &mut request);
             let reference = u32::from_le_bytes([request[4], request[5], request[6], request[7]]);
-            let status = match self.grants.page(memory, reference, true) {
-                Some(page) => {
-                    // SAFETY: at most a page's bytes into a mapped page of memory that the guest
-                    // shares, to which there are no references.
-                    unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), page.host, piece.len()) };
-                    memory.written(page.gfn);
-                    piece.len() as i16
-                }
-                None => STATUS_ERROR,
-            };
+            let written = self.grants.write(memory, reference, |page| {
+                // SAFETY: at most a page's bytes into a mapped page of memory that the guest shares, to
+                // which there are no references.
+                unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), page.host, piece.len()) };
+                memory.written(page.gfn);
+            });
+            let status = if written { piece.len() as i16 } else { STATUS_ERROR };
             let more = if number < last { RX_MORE_DATA } else { 0 };
             let mut response = [0u8; 8];
             response[..2].copy_from_slice(&request[..2]);

@@ -1,7 +1,7 @@
 //! What the guest has granted to domain 0. Source: Xen's public/grant_table.h.
 //!
-//! Nothing is marked here: the guest's only vCPU is in the hypercall that all this is a part of, so the
-//! guest takes nothing back meanwhile.
+//! A disk's pages are not marked: the guest's only vCPU is in the hypercall that its requests are done in, so
+//! it takes nothing back meanwhile. Pages that a card's thread writes are.
 
 use crate::ring::Place;
 use nonroot_memory::{Memory, P2M_FLAGS, P2M_PRESENT, P2M_WRITABLE, PAGE_SIZE};
@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 const PERMIT: u32 = 1;
 const TYPE: u32 = 3;
 const READONLY: u32 = 4;
+const IN_USE: u32 = 8 | 16;
 const ENTRY: u64 = 8;
 
 /// The table.
@@ -48,6 +49,33 @@ impl Grants {
             return None;
         }
         Some(Page { host: (entry & !P2M_FLAGS) as *mut u8, gfn })
+    }
+}
+
+impl Grants {
+    /// Has `write` change a granted page, whose entry is marked as in use meanwhile. False, and nothing happens, if
+    /// there is no such grant.
+    pub fn write(&self, memory: &Memory, reference: u32, write: impl FnOnce(Page)) -> bool {
+        let at = self.table.offset + u64::from(reference) * ENTRY;
+        let Ok(entry) = memory.word(self.table.backing, at) else { return false };
+        let mut before = entry.load(Ordering::Acquire);
+        loop {
+            if self.page(memory, reference, true).is_none() {
+                return false;
+            }
+            match entry.compare_exchange(before, before | IN_USE, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => break,
+                Err(now) => before = now,
+            }
+        }
+        // What the entry says now stays so: the guest does not change what is in use.
+        let page = self.page(memory, reference, true);
+        let found = page.is_some();
+        if let Some(page) = page {
+            write(page);
+        }
+        entry.fetch_and(!(IN_USE & !before), Ordering::SeqCst);
+        found
     }
 }
 
