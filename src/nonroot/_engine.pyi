@@ -2,7 +2,17 @@
 
 from typing import Any, Self, final
 
-__all__ = ["VERSION", "Memory", "Vcpu", "XenPath", "agent", "coverage", "optimisations", "tiny_guest", "translate_unavailable"]
+__all__ = [
+    "VERSION",
+    "Memory",
+    "Vcpu",
+    "XenPath",
+    "agent",
+    "coverage",
+    "optimisations",
+    "tiny_guest",
+    "translate_unavailable",
+]
 
 VERSION: str
 
@@ -138,8 +148,8 @@ class Vcpu:
 class XenPath:
     """What of Xen is done inside the engine, without exits and without the GIL: event channels, timers, ready disks.
 
-    It mirrors the tables of :mod:`nonroot.xen`, which tells it of every change, and leaves to that whatever it cannot do
-    or finds not plainly right. Any thread. ``vcpu``: its number; ValueError if there is none. ``number``: a port's.
+    It mirrors the tables of :mod:`nonroot.xen`, which tells it of every change, and leaves to that whatever it cannot
+    do or finds not plainly right. Any thread. ``vcpu``: its number; ValueError if there is none. ``number``: a port's.
     """
 
     def __new__(cls, memory: Memory, vcpus: list[Vcpu], shared: tuple[int, int]) -> Self:
@@ -190,9 +200,9 @@ class XenPath:
     ) -> bool:
         """Serve a card's rings, in a thread of its own and in the vCPU's, until something is not plainly right.
 
-        ``ports``: of packets and of frames. ``link``: a SOCK_SEQPACKET socket, ``alarm``: an eventfd of the thread's; of
-        both this keeps copies. The frontend takes all offloads. False if a port has no bell, or the guest is not told of
-        events by a vector. OSError, ValueError.
+        ``ports``: of packets and of frames. ``link``: a SOCK_SEQPACKET socket, ``alarm``: an eventfd of the thread's;
+        of both this keeps copies. The frontend takes all offloads. False if a port has no bell, or the guest is not
+        told of events by a vector. OSError, ValueError.
         """
     def resize_disk(self, number: int, end: int) -> None: ...
     def remove(self, number: int) -> None:

@@ -34,9 +34,7 @@ def test_grub_boots_debian_from_a_paravirtual_disk(runtime: Path, tmp_path: Path
     }
     image = root_disk(guest, tmp_path / "root.img", tmp_path / "tree", files=files)
     config = tmp_path / "grub.cfg"
-    config.write_text(
-        f"kernel = '{grub}'; type = 'pvh'; nonroot_xen = 1; memory = 192\ndisk = ['{image},raw,xvda,w']\n"
-    )
+    config.write_text(f"kernel = '{grub}'; type = 'pvh'; memory = 192\ndisk = ['{image},raw,xvda,w']\n")
     xl("create", config)
     with Console("grub") as console:
         console.expect("Debian")

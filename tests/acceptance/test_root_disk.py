@@ -21,7 +21,6 @@ ramdisk = "{ramdisk}"
 extra = "quiet cryptomgr.notests"
 memory = 160
 disk = [ '{image},raw,xvda,w' ]
-nonroot_xen = 1
 """
 CASES = [
     ("cloud-amd64", "pvh", r"Booting (paravirtualized )?kernel on Xen PVH\n"),

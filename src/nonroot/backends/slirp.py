@@ -131,9 +131,10 @@ def serve(
             raise BadOptionError(f"port {forward.host_port} of {forward.host} cannot be published: {reason}")
 
     def loop() -> None:
+        waiting = _Waiting()
         try:
             while True:
-                _round(stack, link, merger)
+                _round(stack, link, merger, waiting)
         except LinkClosedError:
             stack.close()
             link.close()
@@ -141,15 +142,31 @@ def serve(
     return loop
 
 
-def _round(stack: SlirpStack, link: Link, merger: Merger) -> None:
+class _Waiting:
+    """poll(2) for descriptors that are mostly the same ones from round to round."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, int]] = []
+        self._poller = select.poll()
+
+    def wait(self, interest: list[tuple[int, int]], seconds: float | None) -> dict[int, int]:
+        """What happened to the descriptors, of (descriptor, events)."""
+        if interest != self._known:
+            self._known = interest
+            self._poller = select.poll()
+            for fd, events in interest:
+                self._poller.register(fd, events)
+        return dict(self._poller.poll(None if seconds is None else seconds * 1000 + 1))
+
+
+def _round(stack: SlirpStack, link: Link, merger: Merger, waiting: _Waiting) -> None:
     interest, wait = stack.interest()
-    poller = select.poll()
     # While the guest does not take what it has, its peers have to wait: their data stays in the kernel.
-    sockets = () if link.busy else interest
-    for fd, events in sockets:
-        poller.register(fd, events)
-    poller.register(link, select.POLLIN | (select.POLLOUT if link.busy else 0))
-    happened = dict(poller.poll(None if wait is None else wait * 1000 + 1))
+    if link.busy:
+        watched = [(link.fileno(), select.POLLIN | select.POLLOUT)]
+    else:
+        watched = [*interest, (link.fileno(), int(select.POLLIN))]
+    happened = waiting.wait(watched, wait)
     link_events = happened.pop(link.fileno(), 0)
     if link_events & select.POLLOUT:
         link.drain()

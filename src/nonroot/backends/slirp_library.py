@@ -31,6 +31,9 @@ NEVER: Final = 0xFFFFFFFF
 POLL_IN, POLL_OUT, POLL_PRI, POLL_ERR, POLL_HUP = 1, 2, 4, 8, 16
 _TO_SYSTEM: Final = ((POLL_IN, select.POLLIN), (POLL_OUT, select.POLLOUT), (POLL_PRI, select.POLLPRI))
 _FROM_SYSTEM: Final = (*_TO_SYSTEM, (POLL_ERR, select.POLLERR), (POLL_HUP, select.POLLHUP))
+# Each combination of flags, as the other side has them: these are looked up for every socket in every round.
+_ASKED: Final = [sum(there for ours, there in _TO_SYSTEM if events & ours) for events in range(32)]
+_HAPPENED: Final = [sum(ours for ours, there in _FROM_SYSTEM if events & there) for events in range(32)]
 
 _SEND = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _ERROR = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p)
@@ -245,14 +248,13 @@ class SlirpStack:
             self._timers[timer] = (due, argument, expire_ms)
 
     def _on_add_poll(self, fd: int, events: int, _: object) -> int:
-        self._poll_set.append((fd, sum(there for ours, there in _TO_SYSTEM if events & ours)))
+        self._poll_set.append((fd, _ASKED[events & 31]))
         return len(self._poll_set) - 1
 
     def _on_get_events(self, index: int, _: object) -> int:
         if not 0 <= index < len(self._events):
             return 0
-        events = self._events[index]
-        return sum(ours for ours, there in _FROM_SYSTEM if events & there) if events else 0
+        return _HAPPENED[self._events[index] & 31]
 
     # ── for the loop ──
 

@@ -124,7 +124,9 @@ def plan_disks(options: DomainOptions) -> list[DiskPlan]:
     pairs = [_place(text) for text in options.disks]
     places = [place for place, _ in pairs if _is_paravirtual(options, place)]
     taken: dict[int, str] = {}
-    for place in [place for place in places if place is not None]:
+    for place in places:
+        if place is None:
+            continue
         other = taken.setdefault(disk_index(place), place)
         if places.count(place) > 1 or other != place:
             names = " and ".join(dict.fromkeys((other, place)))
