@@ -158,6 +158,25 @@ impl Guest {
     pub fn kills_flags(&self) -> bool {
         self.flags_changed && !self.flags_needed
     }
+
+    /// The host's flags are needed for something else before it, or during it.
+    pub fn spoils(&self) -> bool {
+        let memory = self.memory.is_some() && !matches!(self.kind, Kind::Lea | Kind::Nop);
+        let other = matches!(
+            self.kind,
+            Kind::Divide { .. }
+                | Kind::Cli
+                | Kind::Cld
+                | Kind::Pushf
+                | Kind::JumpIndirect
+                | Kind::CallIndirect
+                | Kind::String
+                | Kind::TimeStamp { .. }
+                | Kind::Syscall
+                | Kind::Sysret
+        );
+        memory || other || self.stack != Stack::None
+    }
 }
 
 /// What the host can do and what is switched off.

@@ -87,6 +87,8 @@ pub struct Frame {
     pub base: [u64; 2],
     /// Scratch.
     pub temporary: u64,
+    /// What a register was that flags are to be made from.
+    pub stash: u64,
     /// See [`exit`].
     pub kind: u32,
     /// Offset in the page of the guest instruction that comes next.
@@ -174,6 +176,23 @@ pub(crate) use field;
 /// Where a guest register without a host register lives.
 pub fn spilled(guest: u8) -> Mem {
     at(host::RSP, (offset_of!(Frame, spilled) + 8 * spill_slot(guest)) as i32)
+}
+
+/// The number, in place of a guest register's, of [`Frame::stash`].
+pub const STASH: u8 = 16;
+
+/// The host register of a guest register, if it has one.
+pub fn host_of(guest: u8) -> Option<u8> {
+    HOST_OF.get(guest as usize).copied().flatten()
+}
+
+/// Where a guest register without a host register lives, or the stash.
+pub fn home(guest: u8) -> Mem {
+    if guest == STASH {
+        field!(stash)
+    } else {
+        spilled(guest)
+    }
 }
 
 /// Where the base of FS (0) or GS (1) is.

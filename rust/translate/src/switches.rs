@@ -11,6 +11,8 @@ nonroot_interpret::optimisations! {
         flag_recipes = "flag-recipes";
         /// Flags that rotations, INC, DEC and shifts by CL leave alone are not restored for them.
         flag_overlays = "flag-overlays";
+        /// What a register was is kept where flags can be made again from it, and it is about to change.
+        flag_stashes = "flag-stashes";
         /// Guest registers without a host register are loaded only where they must be.
         spilled_operands = "spilled-operands";
         /// One TLB lookup serves accesses of a block that are near each other.

@@ -289,6 +289,8 @@ impl Translator {
         self.switches.chain = false;
         self.switches.callouts = false;
         self.abilities.syscalls = false;
+        // One iteration of the interpreter's is none of the translator's, which has no budget left.
+        self.abilities.strings = false;
         self.abilities.time_stamps = false;
         self.switches.jump_lookup = false;
     }
@@ -412,6 +414,7 @@ impl Translator {
             groups: self.switches.page_groups && groups,
             spilled: self.switches.spilled_operands,
             overlays: self.switches.flag_overlays,
+            stashes: self.switches.flag_stashes,
         };
         let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
         let place = emit::Place { start, origin, first_link, block };

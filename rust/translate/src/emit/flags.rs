@@ -1,10 +1,10 @@
 //! The status flags: where they are, and how they are made again.
 
 use super::overlay::Overlay;
-use super::{Emitter, R15, RAX};
-use crate::analysis::{self, Guest, Kind, Stack};
+use super::{Emitter, R15};
+use crate::analysis::{self, Guest, Kind};
 use crate::assembler::{at, Assembler};
-use crate::frame::{self, field, HOST_OF};
+use crate::frame::{self, field, home, host_of, STASH};
 use iced_x86::{Mnemonic, OpKind};
 
 /// Where the guest's status flags are.
@@ -22,7 +22,7 @@ pub(super) enum Flags {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Recipe {
     pub(super) how: How,
-    /// Guest registers.
+    /// Guest registers, or [`STASH`].
     pub(super) left: u8,
     pub(super) right: Option<u8>,
     pub(super) immediate: i32,
@@ -52,6 +52,8 @@ pub(super) enum How {
     Added,
     /// Those of the subtraction of the right operand that gave left.
     Subtracted,
+    /// SHL, SHR or SAR (by the number in its encoding) of left, by so many bits.
+    Shifted { op: u8, count: u8 },
     /// Those in [`frame::Frame::flags`].
     Saved,
 }
@@ -62,31 +64,21 @@ impl Recipe {
         Recipe { how: How::Saved, left: 0, right: None, immediate: 0, size: 8, over: None };
 
     pub(super) fn reads(&self, registers: u16) -> bool {
-        let left = self.how != How::Saved && registers & 1 << self.left != 0;
+        let left = self.how != How::Saved && in_set(registers, self.left);
         let others = [self.right, self.over.map(|over| over.guest)];
-        left || others.iter().flatten().any(|r| registers & 1 << r != 0)
+        left || others.iter().flatten().any(|&r| in_set(registers, r))
     }
+}
+
+fn in_set(registers: u16, register: u8) -> bool {
+    u32::from(registers) >> register & 1 != 0
 }
 
 impl Emitter<'_> {
     /// What happens first to the flags that the block begins with.
     pub(super) fn first_event(&self) -> Event {
         for g in self.guests {
-            let memory = g.memory.is_some() && !matches!(g.kind, Kind::Lea | Kind::Nop);
-            let other = matches!(
-                g.kind,
-                Kind::Divide { .. }
-                    | Kind::Cli
-                    | Kind::Cld
-                    | Kind::Pushf
-                    | Kind::JumpIndirect
-                    | Kind::CallIndirect
-                    | Kind::String
-                    | Kind::TimeStamp { .. }
-                    | Kind::Syscall
-                    | Kind::Sysret
-            );
-            if memory || other || g.stack != Stack::None {
+            if g.spoils() {
                 return Event::Spoil;
             }
             if g.kind == Kind::Jump {
@@ -114,7 +106,9 @@ impl Emitter<'_> {
     pub(super) fn count_now(&mut self) {
         if !self.counted {
             self.counted = true;
+            let kept = self.kept_now();
             self.a.mem_imm(5, field!(budget), self.count);
+            self.keep(kept);
         }
     }
 
@@ -162,23 +156,17 @@ impl Emitter<'_> {
 
     fn cook_base(&mut self, r: Recipe) {
         let wide = r.size == 8;
-        let source = |a: &mut Assembler, guest: u8| match HOST_OF[guest as usize] {
+        let source = |a: &mut Assembler, guest: u8| match host_of(guest) {
             Some(reg) => reg,
             None => {
-                a.load(true, R15, frame::spilled(guest));
+                a.load(true, R15, home(guest));
                 R15
             }
         };
         let left = source(&mut self.a, r.left);
         match (r.how, r.right) {
-            (How::Compare, Some(right)) => match HOST_OF[right as usize] {
-                Some(right) => self.a.reg(wide, &[0x39], right, left),
-                None => self.a.mem(wide, &[0x3b], left, frame::spilled(right)),
-            },
-            (How::Test, Some(right)) => match HOST_OF[right as usize] {
-                Some(right) => self.a.reg(wide, &[0x85], right, left),
-                None => self.a.mem(wide, &[0x85], left, frame::spilled(right)),
-            },
+            (How::Compare, Some(right)) => self.with_register(wide, 0x3b, left, right),
+            (How::Test, Some(right)) => self.with_register(wide, 0x85, left, right),
             (How::Compare, None) => self.a.reg_imm(wide, 7, left, r.immediate),
             (How::Test, None) => {
                 self.a.reg(wide, &[0xf7], 0, left);
@@ -194,26 +182,38 @@ impl Emitter<'_> {
                 self.a.reg_imm(wide, 5, R15, r.immediate);
             }
             (How::Added, Some(right)) => {
-                let right = HOST_OF[right as usize].unwrap_or(RAX);
                 self.a.mov(R15, left);
-                self.a.reg(wide, &[0x29], right, R15);
-                self.a.reg(wide, &[0x01], right, R15);
+                self.with_register(wide, 0x2b, R15, right);
+                self.with_register(wide, 0x03, R15, right);
             }
             (How::Subtracted, Some(right)) => {
-                let right = HOST_OF[right as usize].unwrap_or(RAX);
                 self.a.mov(R15, left);
-                self.a.reg(wide, &[0x01], right, R15);
-                self.a.reg(wide, &[0x29], right, R15);
+                self.with_register(wide, 0x03, R15, right);
+                self.with_register(wide, 0x2b, R15, right);
             }
+            (How::Shifted { op, count }, _) => {
+                self.a.mov(R15, left);
+                self.a.reg(wide, &[0xc1], op, R15);
+                self.a.bytes(&[count]);
+            }
+        }
+    }
+
+    /// `opcode left, right`, where right may live in memory.
+    fn with_register(&mut self, wide: bool, opcode: u8, left: u8, right: u8) {
+        match host_of(right) {
+            Some(reg) => self.a.reg(wide, &[opcode], left, reg),
+            None => self.a.mem(wide, &[opcode], left, home(right)),
         }
     }
 
     /// How the flags that `i` has just set can be made again.
     pub(super) fn recipe(&self, g: &Guest) -> Option<Recipe> {
-        if !self.switches.recipes || g.memory.is_some() || g.i.op_count() != 2 || g.implicit_rax {
+        let i = &g.i;
+        let logic = matches!(i.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor);
+        if !self.switches.recipes || g.memory.is_some() && !logic || i.op_count() != 2 || g.implicit_rax {
             return None;
         }
-        let i = &g.i;
         if i.op0_kind() != OpKind::Register {
             return None;
         }
@@ -224,12 +224,11 @@ impl Emitter<'_> {
         let left = analysis::number(i.op0_register())?;
         let (right, immediate) = match i.op1_kind() {
             OpKind::Register => (Some(analysis::number(i.op1_register())?), 0),
-            OpKind::Memory => return None,
+            OpKind::Memory => (None, 0),
             // For 32-bit operands the bits are the same either way.
             _ => (None, i.immediate(1) as i32),
         };
-        let arithmetic = right
-            .is_none_or(|r| r != left && HOST_OF[r as usize].is_some() && HOST_OF[left as usize].is_some());
+        let arithmetic = right.is_none_or(|r| r != left);
         let how = match i.mnemonic() {
             Mnemonic::Cmp => How::Compare,
             Mnemonic::Test => How::Test,
@@ -255,12 +254,111 @@ impl Emitter<'_> {
     pub(super) fn keep_recipe(&mut self, g: &Guest) {
         let registers = g.writes;
         match self.flags {
-            Flags::Live(Some(r)) if r.reads(registers) => self.flags = Flags::Live(None),
-            Flags::Recipe(r) if r.reads(registers) && !g.kills_flags() => {
-                self.cook(r);
-                self.flags = Flags::Live(None);
+            Flags::Live(Some(r)) if r.reads(registers) => {
+                let own = g.kind == Kind::Same && g.kills_flags();
+                self.flags = if own && !self.switches.stashes {
+                    Flags::Live(None)
+                } else if own {
+                    // Until the instruction itself makes others, they can be made again.
+                    self.flags
+                } else {
+                    Flags::Live(if self.spoilt_later(g) { self.stash(r, registers) } else { None })
+                };
             }
+            Flags::Recipe(r) if r.reads(registers) && !g.kills_flags() => match self.stash(r, registers) {
+                Some(r) => self.flags = Flags::Recipe(r),
+                None => {
+                    self.cook(r);
+                    self.flags = Flags::Live(None);
+                }
+            },
             _ => {}
         }
+    }
+
+    /// Whether the host's flags are needed for something else while the present instruction's, or those that it
+    /// leaves, may still be asked for.
+    fn spoilt_later(&self, g: &Guest) -> bool {
+        if g.spoils() {
+            // The recipe is all there is from here on.
+            let rest = &self.guests[self.at + 1..];
+            return rest.iter().find_map(Self::asks).unwrap_or(true);
+        }
+        for g in &self.guests[self.at + 1..] {
+            if g.spoils() {
+                return true;
+            }
+            if g.flags_changed || g.kind == Kind::Branch {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// Whether an instruction may ask for the flags before it; `None`: it does not, but the next may.
+    fn asks(g: &Guest) -> Option<bool> {
+        if g.flags_needed || g.kind == Kind::Branch || g.spoils() {
+            Some(true)
+        } else {
+            g.kills_flags().then_some(false)
+        }
+    }
+
+    /// Keeps a copy of the register that is about to change; the recipe that has the copy instead.
+    fn stash(&mut self, r: Recipe, registers: u16) -> Option<Recipe> {
+        let uses = |register: Option<u8>| register.is_some_and(|r| in_set(registers, r));
+        let (left, right) = (r.how != How::Saved && uses(Some(r.left)), uses(r.right));
+        let same = r.right == Some(r.left);
+        let other = !left && r.left == STASH || !right && r.right == Some(STASH);
+        if !self.switches.stashes || uses(r.over.map(|o| o.guest)) || other || left && right && !same {
+            return None;
+        }
+        let guest = if left { r.left } else { r.right? };
+        self.keep_copy(guest);
+        let mut r = r;
+        if left {
+            r.left = STASH;
+        }
+        if right {
+            r.right = Some(STASH);
+        }
+        Some(r)
+    }
+
+    fn keep_copy(&mut self, guest: u8) {
+        match host_of(guest) {
+            Some(reg) => self.a.store(true, field!(stash), reg),
+            None => {
+                self.a.load(true, R15, home(guest));
+                self.a.store(true, field!(stash), R15);
+            }
+        }
+    }
+
+    /// Before a shift by a constant whose flags will be in the way: keeps a copy of the operand.
+    pub(super) fn stash_shift(&mut self, g: &Guest) -> Option<Recipe> {
+        let i = &g.i;
+        let op = match i.mnemonic() {
+            Mnemonic::Shl | Mnemonic::Sal => 4,
+            Mnemonic::Shr => 5,
+            Mnemonic::Sar => 7,
+            _ => return None,
+        };
+        if !self.switches.stashes
+            || g.memory.is_some()
+            || !g.kills_flags()
+            || i.op0_kind() != OpKind::Register
+        {
+            return None;
+        }
+        let (size, left) = (i.op0_register().size() as u8, analysis::number(i.op0_register())?);
+        let by = i.op_count() == 2 && i.op1_kind() == OpKind::Immediate8;
+        let count = if by { i.immediate8() & if size == 8 { 63 } else { 31 } } else { 0 };
+        if size < 4 || count == 0 || !self.spoilt_later(g) {
+            return None;
+        }
+        self.keep_copy(left);
+        let how = How::Shifted { op, count };
+        Some(Recipe { how, left: STASH, right: None, immediate: 0, size, over: None })
     }
 }

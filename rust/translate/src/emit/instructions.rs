@@ -11,6 +11,9 @@ use crate::frame::{self, exit, field, HOST_OF};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use std::mem::offset_of;
 
+/// The registers that may still have a guest register which has no host register of its own.
+const KEEPERS: [u8; 2] = [R15, RAX];
+
 impl Emitter<'_> {
     /// Emits one instruction; true if it ended the block.
     pub(super) fn instruction(&mut self, g: &Guest) -> Emitted<bool> {
@@ -107,6 +110,7 @@ impl Emitter<'_> {
             self.group = None;
             self.a.mov(RAX, host::R14);
         }
+        let shifted = self.stash_shift(g);
         self.encode(g, place)?;
         if g.implicit_rax && g.writes & 1 != 0 {
             self.a.mov(host::R14, RAX);
@@ -115,6 +119,9 @@ impl Emitter<'_> {
             self.x87_pointers(g);
         }
         self.flags_after(g);
+        if shifted.is_some() {
+            self.flags = Flags::Live(shifted);
+        }
         Ok(())
     }
 
@@ -128,15 +135,28 @@ impl Emitter<'_> {
         if place.is_none_or(|(reg, _)| reg != R15) {
             free.push(R15);
         }
-        // What R15 still has from the instruction before: nothing was emitted since.
-        let here = self.a.here();
-        let kept = self.kept.take().filter(|&(_, at)| at == here).map(|(guest, _)| guest);
+        let mut kept = self.kept_now();
+        if !free.contains(&RAX) {
+            kept[1] = None;
+        }
+        if !free.contains(&R15) {
+            kept[0] = None;
+        }
         if place.is_none() && !g.implicit_rax && self.switches.spilled {
-            spilled::source_in_memory(&mut out);
+            spilled::source_in_memory(&mut out, &kept);
         }
         let needless = self.switches.spilled && spilled::only_writes_first(&g.i);
-        // R15 first: RAX may hold a group's address.
         let mut scratch: Vec<(u8, u8)> = Vec::new();
+        for n in 0..out.op_count() {
+            let Some(guest) = Self::spilled_operand(&out, n, g.implicit_rax) else { continue };
+            if let Some(at) = kept.iter().position(|&k| k == Some(guest)) {
+                let reg = KEEPERS[at];
+                if !scratch.contains(&(guest, reg)) {
+                    scratch.push((guest, reg));
+                    free.retain(|&r| r != reg);
+                }
+            }
+        }
         for n in 0..out.op_count() {
             if out.op_kind(n) != OpKind::Register {
                 continue;
@@ -149,12 +169,20 @@ impl Emitter<'_> {
                 None => match scratch.iter().find(|(of, _)| *of == guest) {
                     Some(&(_, reg)) => reg,
                     None => {
-                        let reg = free.pop().ok_or("no scratch register")?;
+                        // One that keeps nothing; R15 first, for RAX may hold a group's address.
+                        let rank = |reg: u8| match reg {
+                            R15 => usize::from(kept[0].is_some()) * 2,
+                            _ => {
+                                1 + usize::from(kept[1].is_some()) * 2 + usize::from(self.group.is_some()) * 4
+                            }
+                        };
+                        let reg =
+                            free.iter().copied().min_by_key(|&reg| rank(reg)).ok_or("no scratch register")?;
+                        free.retain(|&r| r != reg);
                         if reg == RAX {
                             self.group = None;
                         }
-                        let there = reg == R15 && kept == Some(guest) || n == 0 && needless;
-                        if !there {
+                        if !(n == 0 && needless) {
                             self.a.load(true, reg, frame::spilled(guest));
                         }
                         scratch.push((guest, reg));
@@ -181,11 +209,37 @@ impl Emitter<'_> {
             if g.writes & 1 << guest != 0 {
                 self.a.store(true, frame::spilled(guest), reg);
             }
-            if reg == R15 && self.switches.spilled {
-                self.kept = Some((guest, self.a.here()));
-            }
+            kept[usize::from(reg == RAX)] = Some(guest);
         }
+        self.keep(kept);
         Ok(())
+    }
+
+    /// The guest register without a host register that an operand is.
+    fn spilled_operand(i: &Instruction, n: u32, implicit_rax: bool) -> Option<u8> {
+        if i.op_kind(n) != OpKind::Register {
+            return None;
+        }
+        let guest = analysis::number(i.op_register(n))?;
+        let own = HOST_OF[guest as usize].is_some() || guest == analysis::RAX && implicit_rax;
+        (!own).then_some(guest)
+    }
+
+    /// The guest registers that R15 and RAX still have.
+    pub(super) fn kept_now(&self) -> [Option<u8>; 2] {
+        let (mut kept, at) = self.kept;
+        if at != self.a.here() || !self.switches.spilled {
+            return [None; 2];
+        }
+        if self.group.is_some() {
+            kept[1] = None;
+        }
+        kept
+    }
+
+    /// R15 and RAX have these guest registers, until something else is emitted.
+    pub(super) fn keep(&mut self, kept: [Option<u8>; 2]) {
+        self.kept = (kept, self.a.here());
     }
 
     pub(super) fn raw(&mut self, i: &Instruction) -> Emitted {
@@ -223,29 +277,72 @@ impl Emitter<'_> {
             .filter(|&&r| HOST_OF[r as usize].is_none())
             .count();
         let mut mem = Mem { base: None, index: None, disp: m.disp };
+        let mut kept = self.kept_now();
+        let there = |guest: u8, kept: &[Option<u8>; 2]| {
+            kept.iter().position(|&k| k == Some(guest)).map(|n| KEEPERS[n])
+        };
         if m.rip {
             self.a.load(true, R15, field!(code_page));
             mem.base = Some(R15);
+            kept[0] = None;
         }
+        let spilled_parts = if spilled_parts == 2
+            && (there(m.base.unwrap_or(0), &kept).is_some()
+                || there(m.index.map_or(0, |(r, _)| r), &kept).is_some())
+        {
+            // The one that is there stays, the other goes into the other register.
+            3
+        } else {
+            spilled_parts
+        };
         if let Some(base) = m.base {
-            mem.base = Some(self.value(base, R15));
+            mem.base = Some(match there(base, &kept) {
+                Some(reg) => reg,
+                None if HOST_OF[base as usize].is_some() => self.value(base, R15),
+                None => {
+                    let scratch =
+                        if spilled_parts == 3 && kept[0].is_some() && kept[0] == m.index.map(|(r, _)| r) {
+                            self.group = None;
+                            RAX
+                        } else {
+                            R15
+                        };
+                    kept[usize::from(scratch == RAX)] = Some(base);
+                    self.value(base, scratch)
+                }
+            });
         }
         if let Some((index, scale)) = m.index {
-            let scratch = if spilled_parts == 2 {
-                self.group = None;
-                RAX
-            } else {
-                R15
-            };
-            mem.index = Some((self.value(index, scratch), scale));
+            mem.index = Some((
+                match there(index, &kept) {
+                    Some(reg) => reg,
+                    None if HOST_OF[index as usize].is_some() => self.value(index, R15),
+                    None => {
+                        let scratch = if spilled_parts >= 2 && mem.base == Some(R15) {
+                            self.group = None;
+                            RAX
+                        } else {
+                            R15
+                        };
+                        kept[usize::from(scratch == RAX)] = Some(index);
+                        self.value(index, scratch)
+                    }
+                },
+                scale,
+            ));
         }
         match HOST_OF[dst as usize] {
             Some(reg) => self.a.lea(wide, reg, mem),
             None => {
                 self.a.lea(wide, R15, mem);
                 self.a.store(true, frame::spilled(dst), R15);
+                if kept[1] == Some(dst) {
+                    kept[1] = None;
+                }
+                kept[0] = Some(dst);
             }
         }
+        self.keep(kept);
         Ok(())
     }
 

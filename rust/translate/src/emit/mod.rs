@@ -69,6 +69,8 @@ pub struct Switches {
     pub spilled: bool,
     /// What instructions change of the flags is made again from their result.
     pub overlays: bool,
+    /// What a register was is kept to make flags again.
+    pub stashes: bool,
 }
 
 /// Where a block is, and goes.
@@ -109,8 +111,8 @@ pub struct Emitter<'a> {
     entry: [Option<usize>; 2],
     /// Offset in the page of the last x87 instruction, if the frame does not have it yet.
     x87_ip: Option<u16>,
-    /// R15 holds this guest register, as far as nothing else is emitted.
-    kept: Option<(u8, usize)>,
+    /// What R15 and RAX hold of guest registers without a host register, as far as nothing else is emitted.
+    kept: ([Option<u8>; 2], usize),
 }
 
 type Emitted<T = ()> = Result<T, String>;
@@ -166,7 +168,7 @@ impl<'a> Emitter<'a> {
             at: 0,
             entry: [None; 2],
             x87_ip: None,
-            kept: None,
+            kept: ([None; 2], 0),
         }
     }
 

@@ -101,7 +101,7 @@ impl Emitter<'_> {
         let none = self.a.jcc(4);
         self.encode(g, None)?;
         // Making the flags again spoils R15.
-        self.kept = None;
+        self.keep([None; 2]);
         let again = self.a.here();
         let flags = match self.flags {
             Flags::Recipe(r) => r,

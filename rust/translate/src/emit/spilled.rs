@@ -48,13 +48,13 @@ fn with_source_in_memory(code: Code) -> Option<Code> {
 }
 
 /// Makes the second operand of an instruction on registers its home in memory, if it has no host register.
-pub(super) fn source_in_memory(i: &mut Instruction) {
+pub(super) fn source_in_memory(i: &mut Instruction, kept: &[Option<u8>; 2]) {
     if i.op_count() != 2 || i.op0_kind() != OpKind::Register || i.op1_kind() != OpKind::Register {
         return;
     }
     let Some(guest) = analysis::number(i.op1_register()) else { return };
     let same = analysis::number(i.op0_register()) == Some(guest);
-    if same || HOST_OF[guest as usize].is_some() {
+    if same || HOST_OF[guest as usize].is_some() || kept.contains(&Some(guest)) {
         return;
     }
     let Some(code) = with_source_in_memory(i.code()) else { return };
