@@ -3,12 +3,18 @@
 
 use std::ptr::NonNull;
 
-/// A region of code, filled from its start.
+/// The part of the size that is for code that runs often: there is less of it.
+const SHARE: usize = 3;
+
+/// A region of code in two parts, each filled from its start: what runs often, and what runs rarely.
+///
+/// The host fetches whole lines and translates whole pages; in the first part nearly all of them are used.
 pub struct Arena {
     writable: NonNull<u8>,
     executable: NonNull<u8>,
     size: usize,
     used: usize,
+    rare: usize,
 }
 
 // SAFETY: the mappings belong to the arena alone and are not bound to a thread.
@@ -42,7 +48,9 @@ impl Arena {
         let writable = if sized { map(libc::PROT_READ | libc::PROT_WRITE) } else { None };
         let executable = if writable.is_some() { map(libc::PROT_READ | libc::PROT_EXEC) } else { None };
         let result = match (writable, executable) {
-            (Some(writable), Some(executable)) => Ok(Arena { writable, executable, size, used: 0 }),
+            (Some(writable), Some(executable)) => {
+                Ok(Arena { writable, executable, size, used: 0, rare: size / SHARE })
+            }
             (Some(writable), None) => {
                 let message = failed("executable memory for generated code");
                 // SAFETY: mapped just above and not used.
@@ -58,17 +66,18 @@ impl Arena {
 
     /// Bytes in use.
     pub fn used(&self) -> usize {
-        self.used
+        self.used + self.rare - self.size / SHARE
     }
 
-    /// Bytes that still fit.
+    /// Bytes that still fit, in either part.
     pub fn room(&self) -> usize {
-        self.size - self.used
+        (self.size / SHARE - self.used).min(self.size - self.rare)
     }
 
-    /// Forgets what comes after the first `keep` bytes.
+    /// Forgets what comes after the first `keep` bytes, and all that runs rarely.
     pub fn truncate(&mut self, keep: usize) {
         self.used = keep;
+        self.rare = self.size / SHARE;
     }
 
     /// Host address at which the code at `offset` runs.
@@ -76,25 +85,36 @@ impl Arena {
         self.executable.as_ptr() as u64 + offset as u64
     }
 
-    /// Offset of the next byte.
+    /// Offset of the next byte that runs often.
     pub fn position(&self) -> usize {
         self.used
     }
 
+    /// Offset of the next byte that runs rarely.
+    pub fn rare_position(&self) -> usize {
+        self.rare
+    }
+
     /// Adds code; the caller has checked that there is room.
-    pub fn push(&mut self, code: &[u8]) {
-        assert!(code.len() <= self.room(), "generated code beyond its memory");
-        // SAFETY: the range is inside the writable mapping, and nothing refers to it.
-        unsafe {
-            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(self.used), code.len());
+    pub fn push(&mut self, often: &[u8], rarely: &[u8]) {
+        assert!(often.len().max(rarely.len()) <= self.room(), "generated code beyond its memory");
+        for (code, at) in [(often, &mut self.used), (rarely, &mut self.rare)] {
+            // SAFETY: the range is inside the writable mapping, and nothing refers to it.
+            unsafe {
+                std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(*at), code.len());
+            }
+            *at += code.len();
         }
-        self.used += code.len();
     }
 
     /// Overwrites code that is not running.
     pub fn patch(&mut self, offset: usize, code: &[u8]) {
-        assert!(offset + code.len() <= self.used, "patch beyond the generated code");
-        // SAFETY: inside the used part of the writable mapping; the vCPU's thread is here and not in that code.
+        let end = offset + code.len();
+        assert!(
+            end <= self.used || offset >= self.size / SHARE && end <= self.rare,
+            "patch beyond the generated code"
+        );
+        // SAFETY: inside the used parts of the writable mapping; the vCPU's thread is here and not in that code.
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_ptr().add(offset), code.len())
         };

@@ -51,17 +51,27 @@ pub struct Assembler {
     pub code: Vec<u8>,
     /// Offset in the arena of its first byte.
     pub origin: usize,
+    /// From this offset in the buffer on the code is elsewhere: at this offset in the arena.
+    pub split: Option<(usize, usize)>,
 }
 
 impl Assembler {
     /// An empty piece that will be at `origin`.
     pub fn new(origin: usize) -> Self {
-        Assembler { code: Vec::with_capacity(1024), origin }
+        Assembler { code: Vec::with_capacity(1024), origin, split: None }
     }
 
     /// Offset in the buffer of the next byte.
     pub fn here(&self) -> usize {
         self.code.len()
+    }
+
+    /// Offset in the arena of an offset in the buffer.
+    pub fn place(&self, offset: usize) -> usize {
+        match self.split {
+            Some((at, origin)) if offset >= at => origin + (offset - at),
+            _ => self.origin + offset,
+        }
     }
 
     /// Appends bytes.
@@ -218,13 +228,12 @@ impl Assembler {
 
     /// Points a hole at an offset in this buffer.
     pub fn fill(&mut self, hole: Hole, target: usize) {
-        let relative = target as i64 - (hole.0 as i64 + 4);
-        self.code[hole.0..hole.0 + 4].copy_from_slice(&(relative as i32).to_le_bytes());
+        self.fill_outside(hole, self.place(target));
     }
 
     /// Points a hole at an offset in the arena.
     pub fn fill_outside(&mut self, hole: Hole, target: usize) {
-        let relative = target as i64 - (self.origin + hole.0 + 4) as i64;
+        let relative = target as i64 - (self.place(hole.0) + 4) as i64;
         self.code[hole.0..hole.0 + 4].copy_from_slice(&(relative as i32).to_le_bytes());
     }
 }

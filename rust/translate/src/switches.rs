@@ -17,6 +17,8 @@ nonroot_interpret::optimisations! {
         spilled_operands = "spilled-operands";
         /// One TLB lookup serves accesses of a block that are near each other.
         page_groups = "page-groups";
+        /// Code that runs rarely is kept apart from code that runs often.
+        cold_apart = "cold-apart";
         /// SSE and AVX instructions run as they are on the guest's vector registers.
         vectors = "vectors";
         /// x87 and MMX instructions run as they are on the guest's x87 state.

@@ -244,8 +244,8 @@ impl Translator {
         let mut arena = Arena::new(CAPACITY)?;
         let mut a = Assembler::new(64);
         let routines = frame::routines(&mut a, avx, Calls { refill, callout, time_stamp });
-        arena.push(&[0xcc; 64]);
-        arena.push(&a.code);
+        arena.push(&[0xcc; 64], &[]);
+        arena.push(&a.code, &[]);
         let floor = arena.position();
         let x87 = switches.x87 && std::arch::is_x86_feature_detected!("xsave");
         let abilities = Abilities {
@@ -339,24 +339,23 @@ impl Translator {
         let info = self.info.get_mut();
         let start = start as u16;
         let plan = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info);
-        let origin = self.arena.position();
         let translated =
-            plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu.mode, origin, groups).run().ok());
+            plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu.mode, groups).run().ok());
         if translated.is_none() {
             self.statistics.untranslatable_blocks += 1;
         }
         let translated = match translated {
             Some(translated) => translated,
             None if self.switches.callouts && !crosses => {
-                self.emitter(&[], start, cpu.mode, origin, groups).callout(b as *const Block as u64)
+                self.emitter(&[], start, cpu.mode, groups).callout(b as *const Block as u64)
             }
             None => return,
         };
-        self.arena.push(&translated.code);
+        self.arena.push(&translated.often, &translated.rarely);
         self.links.extend(translated.links);
         self.blocks.push((b, 0));
-        b.native = translated.entry.map(|at| (origin + at) as u32);
-        self.refuse.insert(b.native[0], translated.refuse.map(|at| (origin + at) as u32));
+        b.native = translated.entry.map(|at| at as u32);
+        self.refuse.insert(b.native[0], translated.refuse.map(|at| at as u32));
         self.statistics.translated_blocks += 1;
         self.statistics.translated_instructions += u64::from(b.count);
     }
@@ -395,19 +394,12 @@ impl Translator {
             return;
         }
         let origin = self.arena.position();
-        let code = self.emitter(&[], 0, cpu.mode, origin, true).crossing(target, live);
-        self.arena.push(&code);
+        let code = self.emitter(&[], 0, cpu.mode, true).crossing(target, live);
+        self.arena.push(&code, &[]);
         self.jump_from(site, origin);
     }
 
-    fn emitter<'a>(
-        &self,
-        guests: &'a [Guest],
-        start: u16,
-        mode: Mode,
-        origin: usize,
-        groups: bool,
-    ) -> Emitter<'a> {
+    fn emitter<'a>(&self, guests: &'a [Guest], start: u16, mode: Mode, groups: bool) -> Emitter<'a> {
         let switches = emit::Switches {
             lookup: self.switches.jump_lookup,
             recipes: self.switches.flag_recipes,
@@ -415,9 +407,11 @@ impl Translator {
             spilled: self.switches.spilled_operands,
             overlays: self.switches.flag_overlays,
             stashes: self.switches.flag_stashes,
+            apart: self.switches.cold_apart,
         };
         let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
-        let place = emit::Place { start, origin, first_link, block };
+        let (origin, rare) = (self.arena.position(), self.arena.rare_position());
+        let place = emit::Place { start, origin, rare, first_link, block };
         Emitter::new(guests, mode, place, self.routines, switches)
     }
 

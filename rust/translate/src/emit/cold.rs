@@ -111,7 +111,7 @@ impl Emitter<'_> {
             Cold::Link { from, target, live } => {
                 self.a.fill(from, here);
                 let number = self.first_link + self.links.len() as u32;
-                let at = |offset: usize| (self.a.origin + offset) as u32;
+                let at = |offset: usize| self.a.place(offset) as u32;
                 self.links.push(Link { site: at(from.0), target, live, stub: at(here) });
                 self.a.store_imm(field!(link), number as i32);
                 self.boundary(exit::CHAIN, target, live);

@@ -46,11 +46,13 @@ pub struct Link {
 
 /// A translated block.
 pub struct Translated {
-    /// Its code, for the assembler's origin.
-    pub code: Vec<u8>,
-    /// Offsets of the entries with live and with saved flags.
+    /// Its code that runs often, for its place.
+    pub often: Vec<u8>,
+    /// Its code that runs rarely.
+    pub rarely: Vec<u8>,
+    /// Offsets in the arena of the entries with live and with saved flags.
     pub entry: [usize; 2],
-    /// Offsets of the code that leaves at the block's start, for each entry.
+    /// Offsets in the arena of the code that leaves at the block's start, for each entry.
     pub refuse: [usize; 2],
     /// Jumps that may be chained, numbered from the first number given.
     pub links: Vec<Link>,
@@ -71,6 +73,8 @@ pub struct Switches {
     pub overlays: bool,
     /// What a register was is kept to make flags again.
     pub stashes: bool,
+    /// Code that runs rarely is kept apart.
+    pub apart: bool,
 }
 
 /// Where a block is, and goes.
@@ -80,6 +84,8 @@ pub struct Place {
     pub start: u16,
     /// Offset in the arena of its code.
     pub origin: usize,
+    /// The same of what runs rarely.
+    pub rare: usize,
     /// Number of its first link.
     pub first_link: u32,
     /// The number by which exits name it.
@@ -97,6 +103,8 @@ pub struct Emitter<'a> {
     cold: Vec<Cold>,
     links: Vec<Link>,
     first_link: u32,
+    /// Offset in the arena of what runs rarely.
+    rare: usize,
     flags: Flags,
     group: Option<Group>,
     /// RSP minus its value at the block's start (while that is known), and how often it was lost.
@@ -145,7 +153,7 @@ impl<'a> Emitter<'a> {
         routines: Routines,
         switches: Switches,
     ) -> Self {
-        let Place { start, origin, first_link, block } = place;
+        let Place { start, origin, rare, first_link, block } = place;
         let jump = if switches.lookup { routines.jump } else { routines.lookup_failed };
         let routines = Routines { jump, ..routines };
         Emitter {
@@ -158,6 +166,7 @@ impl<'a> Emitter<'a> {
             cold: Vec::new(),
             links: Vec::new(),
             first_link,
+            rare,
             flags: Flags::Live(None),
             group: None,
             delta: 0,
@@ -248,6 +257,10 @@ impl<'a> Emitter<'a> {
     // ---- flags and counting ----------------------------------------------------------
 
     fn finish(mut self) -> Translated {
+        let often = self.a.here();
+        if self.switches.apart {
+            self.a.split = Some((often, self.rare));
+        }
         while !self.cold.is_empty() {
             for cold in std::mem::take(&mut self.cold) {
                 self.cold(cold);
@@ -267,7 +280,10 @@ impl<'a> Emitter<'a> {
             refuse[n] = self.a.here();
             self.boundary(exit::NEXT, self.start, live);
         }
-        Translated { code: self.a.code, entry: [live, saved], refuse, links: self.links }
+        let rarely = if self.switches.apart { self.a.code.split_off(often) } else { Vec::new() };
+        let place = |offset| self.a.place(offset);
+        let (entry, refuse) = ([live, saved].map(place), refuse.map(place));
+        Translated { often: self.a.code, rarely, entry, refuse, links: self.links }
     }
 }
 
