@@ -195,6 +195,11 @@ impl CodeCache {
         self.jumps[jump_index(lin)] = EMPTY;
     }
 
+    /// The block of several instructions at a guest-physical address, in the present mode.
+    pub fn block_at(&self, gpa: u64) -> Option<*mut Block> {
+        self.blocks.get(&(gpa << 5 | self.mode_key)).copied()
+    }
+
     #[inline(always)]
     fn jump(&self, lin: u64) -> Option<*mut Block> {
         let j = &self.jumps[jump_index(lin)];

@@ -5,6 +5,8 @@ nonroot_interpret::optimisations! {
     pub struct Switches {
         /// Jumps inside a page lead straight to the code of their target.
         chain = "chain";
+        /// A block goes on after a branch, for as long as the branch is not taken.
+        long_blocks = "long-blocks";
         /// Jumps to other pages, indirect jumps and returns look their target up inline.
         jump_lookup = "jump-lookup";
         /// Status flags that can be made again from registers are not saved.

@@ -25,6 +25,9 @@ const HOT: u32 = 4;
 const NEVER: u32 = 1;
 /// Room for one more block, at least.
 const RESERVE: usize = 256 << 10;
+/// Blocks that are translated as one, at most, and their instructions.
+const LONG_PARTS: usize = 4;
+const LONG_COUNT: usize = 64;
 
 /// Counters.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,6 +71,8 @@ pub struct Translator {
     incoming: HashMap<u32, Vec<u32>>,
     /// Where each block's entries are turned away to when it is dropped.
     refuse: HashMap<u32, [u32; 2]>,
+    /// Blocks whose code goes on with that of others, by each of those.
+    longer: HashMap<*mut Block, Vec<*mut Block>>,
     statistics: Statistics,
 }
 
@@ -273,6 +278,7 @@ impl Translator {
             interpret_next: false,
             incoming: HashMap::new(),
             refuse: HashMap::new(),
+            longer: HashMap::new(),
             statistics: Statistics::default(),
         })
     }
@@ -287,6 +293,7 @@ impl Translator {
         self.lockstep = true;
         self.hot = 1;
         self.switches.chain = false;
+        self.switches.long_blocks = false;
         self.switches.callouts = false;
         self.abilities.syscalls = false;
         // One iteration of the interpreter's is none of the translator's, which has no budget left.
@@ -301,6 +308,7 @@ impl Translator {
         self.blocks.clear();
         self.refuse.clear();
         self.incoming.clear();
+        self.longer.clear();
         self.pending = None;
         self.statistics.flushes += 1;
     }
@@ -336,9 +344,12 @@ impl Translator {
             // SAFETY: as above; what is left is less than an instruction.
             unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr().add(room), len - room) };
         }
-        let info = self.info.get_mut();
         let start = start as u16;
-        let plan = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info);
+        let info = self.info.get_mut();
+        let mut plan = emit::plan(&bytes, start, b.count, cpu.mode, self.abilities, info);
+        if let (Some(guests), false) = (&mut plan, crosses) {
+            self.lengthen(cpu, b, guests);
+        }
         let translated =
             plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu.mode, groups).run().ok());
         if translated.is_none() {
@@ -357,7 +368,68 @@ impl Translator {
         b.native = translated.entry.map(|at| at as u32);
         self.refuse.insert(b.native[0], translated.refuse.map(|at| at as u32));
         self.statistics.translated_blocks += 1;
-        self.statistics.translated_instructions += u64::from(b.count);
+        self.statistics.translated_instructions += plan.map_or(0, |guests| guests.len() as u64);
+    }
+
+    /// Goes on with the blocks after `b`, of which the plan is, where branches are not taken.
+    fn lengthen(&mut self, cpu: &mut Cpu, b: &mut Block, guests: &mut Vec<Guest>) {
+        let owner: *mut Block = b;
+        let mut parts = vec![owner];
+        while self.switches.long_blocks && parts.len() < LONG_PARTS {
+            let Some(offset) = guests.last().and_then(Self::goes_on) else { break };
+            let Some(next) = self.block_after(cpu, b.gpa & !0xfff | u64::from(offset)) else { break };
+            // SAFETY: blocks live until the next flush.
+            let n = unsafe { &*next };
+            let seen = n.offered > 0 || n.native[0] > NEVER || self.hot == 1;
+            let room = usize::from(n.len) <= 0x1000 - usize::from(offset);
+            if !seen || n.second_page != NO_PAGE || !room || parts.contains(&next) {
+                break;
+            }
+            let mut bytes = vec![0u8; usize::from(n.len)];
+            if cpu.mem.read(n.gpa, &mut bytes).is_err() {
+                break;
+            }
+            let info = self.info.get_mut();
+            let Some(more) = emit::plan(&bytes, offset, n.count, cpu.mode, self.abilities, info) else {
+                break;
+            };
+            // Looking at vector registers first must not become dearer, and x87 pointers are a block's last.
+            let vectors = |guests: &[Guest]| guests.iter().map(|g| g.vectors).max();
+            let x87 = more.iter().chain(guests.iter()).any(|g| g.x87);
+            if x87 || vectors(&more) > vectors(guests) || guests.len() + more.len() > LONG_COUNT {
+                break;
+            }
+            guests.extend(more);
+            parts.push(next);
+            self.longer.entry(next).or_default().push(owner);
+        }
+    }
+
+    /// Where in the page a block goes on after its last instruction, if the code after it may be its own.
+    fn goes_on(last: &Guest) -> Option<u16> {
+        use analysis::Kind;
+        let next = match last.kind {
+            Kind::Jump => last.i.near_branch_target(),
+            Kind::CountBranch
+            | Kind::Call
+            | Kind::JumpIndirect
+            | Kind::CallIndirect
+            | Kind::Return
+            | Kind::Syscall
+            | Kind::Sysret => return None,
+            _ => last.i.next_ip(),
+        };
+        u16::try_from(next).ok().filter(|&next| next < 0x1000)
+    }
+
+    /// The block at a guest-physical address.
+    fn block_after(&self, cpu: &mut Cpu, gpa: u64) -> Option<*mut Block> {
+        let found = cpu.cache.block_at(gpa);
+        if found.is_none() && self.hot == 1 && cpu.mode == Mode::Long64 && gpa & 0xfff < 0xf00 {
+            // For tests of code that runs once; the page is that of a block that runs.
+            return cpu.decode_block(cpu.r.rip, gpa, false).ok();
+        }
+        found
     }
 
     /// A lookup for several instructions failed: if that goes on, each gets one of its own.
@@ -386,6 +458,20 @@ impl Translator {
             self.jump_from(old as usize + 1, new as usize);
         }
         self.statistics.narrowed_blocks += 1;
+    }
+
+    /// Nothing enters a block's code any more; `instead` is put in its place.
+    fn turn_away(&mut self, block: &mut Block, instead: u32) {
+        let native = std::mem::replace(&mut block.native, [instead; 2]);
+        let Some(refuse) = self.refuse.remove(&native[0]) else { return };
+        for link in self.incoming.remove(&native[0]).unwrap_or_default() {
+            let Link { site, stub, .. } = self.links[link as usize];
+            self.jump_from(site as usize, stub as usize);
+        }
+        for (entry, refuse) in native.into_iter().zip(refuse) {
+            self.arena.patch(entry as usize, &[0xe9]);
+            self.jump_from(entry as usize + 1, refuse as usize);
+        }
     }
 
     /// Points a link at a lookup of its target.
@@ -512,15 +598,13 @@ impl Accelerator for Translator {
     }
 
     fn drop_block(&mut self, block: &mut Block) {
-        let native = std::mem::replace(&mut block.native, [NEVER; 2]);
-        let Some(refuse) = self.refuse.remove(&native[0]) else { return };
-        for link in self.incoming.remove(&native[0]).unwrap_or_default() {
-            let Link { site, stub, .. } = self.links[link as usize];
-            self.jump_from(site as usize, stub as usize);
-        }
-        for (entry, refuse) in native.into_iter().zip(refuse) {
-            self.arena.patch(entry as usize, &[0xe9]);
-            self.jump_from(entry as usize + 1, refuse as usize);
+        self.turn_away(block, NEVER);
+        for owner in self.longer.remove(&(block as *mut Block)).unwrap_or_default() {
+            // SAFETY: blocks live until the next flush, which empties the map; `block` is none of them.
+            let owner = unsafe { &mut *owner };
+            if owner.native[0] > NEVER {
+                self.turn_away(owner, 0);
+            }
         }
     }
 

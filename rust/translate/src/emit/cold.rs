@@ -37,9 +37,8 @@ pub(super) struct SideExit {
     pub(super) offset: u16,
     /// Goes with [`exit::WIDE`].
     pub(super) block: u32,
-    /// Instructions of the block that are complete.
-    pub(super) done: i32,
-    pub(super) counted: bool,
+    /// Instructions of the part of the block that are complete, less those that were counted.
+    pub(super) adjust: i32,
     pub(super) flags: Flags,
     /// See [`Emitter::x87_ip`].
     pub(super) x87_ip: Option<u16>,
@@ -55,15 +54,13 @@ impl Emitter<'_> {
             kind,
             offset,
             block: self.block,
-            done: self.at as i32,
-            counted: self.counted,
+            adjust: (self.at - self.first) as i32 - if self.counted { self.count } else { 0 },
             flags: self.flags,
             x87_ip: self.x87_ip,
         }
     }
 
     pub(super) fn leave_with(&mut self, exit: SideExit) {
-        let adjust = exit.done - if exit.counted { self.count } else { 0 };
         if let Flags::Recipe(r) = exit.flags {
             self.cook(r);
         }
@@ -72,7 +69,7 @@ impl Emitter<'_> {
         }
         self.a.store_imm(field!(kind), exit.kind as i32);
         self.a.store_imm(field!(offset), i32::from(exit.offset));
-        self.a.store_imm(field!(adjust), adjust);
+        self.a.store_imm(field!(adjust), exit.adjust);
         if exit.kind == exit::WIDE {
             self.a.store_imm(field!(link), exit.block as i32);
         }

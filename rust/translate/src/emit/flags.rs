@@ -77,11 +77,11 @@ fn in_set(registers: u16, register: u8) -> bool {
 impl Emitter<'_> {
     /// What happens first to the flags that the block begins with.
     pub(super) fn first_event(&self) -> Event {
-        for g in self.guests {
+        for (n, g) in self.guests.iter().enumerate() {
             if g.spoils() {
                 return Event::Spoil;
             }
-            if g.kind == Kind::Jump {
+            if g.kind == Kind::Jump && n + 1 == self.guests.len() {
                 return self.edge_event(g.i.near_branch_target() as i32);
             }
             if g.flags_needed || g.kind == Kind::Branch {
@@ -288,7 +288,7 @@ impl Emitter<'_> {
             if g.spoils() {
                 return true;
             }
-            if g.flags_changed || g.kind == Kind::Branch {
+            if g.flags_changed {
                 return false;
             }
         }

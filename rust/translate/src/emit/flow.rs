@@ -116,11 +116,11 @@ impl Emitter<'_> {
     }
 
     pub(super) fn branch(&mut self, g: &Guest) -> Emitted {
+        // Restored flags are still saved as well.
+        let saved = self.flags == Flags::Saved;
+        self.want_flags();
         if !self.counted {
-            self.want_flags();
             self.count_without_flags_keeping();
-        } else {
-            self.want_flags();
         }
         let condition = g.i.condition_code();
         let cc = condition_number(condition).ok_or("no condition")?;
@@ -134,6 +134,12 @@ impl Emitter<'_> {
             self.cold.push(Cold::Backward { from: hole, target: taken as u16, flags });
         } else {
             self.link(hole, taken, true);
+        }
+        if self.at + 1 < self.guests.len() {
+            if saved {
+                self.flags = Flags::Saved;
+            }
+            return Ok(());
         }
         self.flags = flags;
         self.edge(next)

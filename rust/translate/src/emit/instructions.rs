@@ -20,6 +20,7 @@ impl Emitter<'_> {
         match g.kind {
             Kind::Branch => return self.branch(g).map(|()| true),
             Kind::CountBranch => return self.count_branch(g).map(|()| true),
+            Kind::Jump if self.at + 1 < self.guests.len() => return Ok(false),
             Kind::Jump => return self.edge(g.i.near_branch_target() as i32).map(|()| true),
             Kind::Call => return self.call(g).map(|()| true),
             Kind::JumpIndirect | Kind::CallIndirect | Kind::Return => return self.indirect(g).map(|()| true),

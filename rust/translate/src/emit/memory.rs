@@ -199,6 +199,10 @@ impl Emitter<'_> {
                     }
                 }
             }
+            if g.kind == Kind::Branch {
+                // What comes after it may not happen.
+                break;
+            }
             match g.stack_delta {
                 Some(change) => delta += i64::from(change),
                 None if key.base == Some(RSP) => break,

@@ -19,7 +19,7 @@ mod spilled;
 mod strings;
 mod x87;
 
-use crate::analysis::{self, Abilities, Guest};
+use crate::analysis::{self, Abilities, Guest, Kind};
 use crate::assembler::{host, Assembler};
 use crate::frame::{self, exit, field, Routines};
 use cold::Cold;
@@ -109,6 +109,9 @@ pub struct Emitter<'a> {
     group: Option<Group>,
     /// RSP minus its value at the block's start (while that is known), and how often it was lost.
     delta: i64,
+    /// The first instruction of the present part of the block, which ends with a branch.
+    first: usize,
+    /// Whether that part's instructions, so many, are counted.
     counted: bool,
     count: i32,
     /// Offset in the page of the block.
@@ -170,8 +173,9 @@ impl<'a> Emitter<'a> {
             flags: Flags::Live(None),
             group: None,
             delta: 0,
+            first: 0,
             counted: false,
-            count: guests.len() as i32,
+            count: Self::part(guests),
             start,
             block,
             at: 0,
@@ -233,6 +237,9 @@ impl<'a> Emitter<'a> {
         for (n, g) in guests.iter().enumerate() {
             self.at = n;
             ended = self.instruction(g)?;
+            if ended && n + 1 < guests.len() {
+                (self.first, self.count, self.counted) = (n + 1, Self::part(&guests[n + 1..]), false);
+            }
         }
         if !ended {
             let last = &guests[guests.len() - 1].i;
@@ -240,6 +247,12 @@ impl<'a> Emitter<'a> {
             self.edge(last.next_ip() as i32)?;
         }
         Ok(self.finish())
+    }
+
+    /// Instructions up to the first branch, and with it.
+    fn part(guests: &[Guest]) -> i32 {
+        let branch = guests.iter().position(|g| g.kind == Kind::Branch);
+        branch.map_or(guests.len(), |at| at + 1) as i32
     }
 
     fn long(&self) -> bool {
