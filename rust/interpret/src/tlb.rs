@@ -58,9 +58,11 @@ pub struct Jump {
 }
 
 /// Entries for jumps of generated code in one context.
-pub const JUMPS: usize = 8192;
+pub const JUMPS: usize = 16384;
 /// Filled slots that a set remembers, so that clearing it costs no more than filling it did.
 const LOG: usize = 256;
+/// The same for jumps.
+const JUMP_LOG: usize = 4096;
 
 /// The entries of one context of one address space.
 #[repr(C, align(64))]
@@ -74,7 +76,7 @@ pub struct Set {
     filled: usize,
     log: [u16; LOG],
     jumps_filled: usize,
-    jump_log: [u16; LOG],
+    jump_log: [u16; JUMP_LOG],
     /// A bit for each slot of `jumps` that is in a global page.
     jump_global: [u64; JUMPS / 64],
 }
@@ -82,7 +84,7 @@ pub struct Set {
 /// Where in [`Set::jumps`] a linear address belongs; generated code computes the same.
 #[inline(always)]
 pub fn jump_slot(lin: u64) -> usize {
-    (lin as u32).wrapping_mul(JUMP_HASH) as usize >> 19
+    (lin as u32).wrapping_mul(JUMP_HASH) as usize >> 18
 }
 
 /// Slots in which the code of a linear address may be: its own and its neighbours in a line.
@@ -105,10 +107,7 @@ impl Set {
     #[inline]
     fn enter(&mut self, page: u64, host: u64, write: bool, global: bool) {
         let slot = (page >> 12) as usize & (ENTRIES - 1);
-        if self.filled < LOG {
-            self.log[self.filled] = slot as u16;
-        }
-        self.filled += 1;
+        self.log(slot);
         let never = Self::nothing(slot).write;
         let write = if write { page } else { never };
         self.entries[slot] = Entry { read: page, write, host, global: u64::from(global) };
@@ -133,10 +132,7 @@ impl Set {
     }
 
     fn put_jump(&mut self, slot: usize, jump: Jump, global: bool) {
-        if self.jumps_filled < LOG {
-            self.jump_log[self.jumps_filled] = slot as u16;
-        }
-        self.jumps_filled += 1;
+        self.log_jump(slot);
         self.jumps[slot] = jump;
         let (word, bit) = (slot / 64, 1 << (slot % 64));
         if global {
@@ -154,7 +150,7 @@ impl Set {
     }
 
     fn clear_jumps(&mut self) {
-        if self.jumps_filled <= LOG {
+        if self.jumps_filled <= JUMP_LOG {
             for n in 0..self.jumps_filled {
                 let slot = self.jump_log[n] as usize;
                 self.jumps[slot] = Self::no_jump(slot);
@@ -169,37 +165,64 @@ impl Set {
 
     /// Forgets code that begins in a page, or crosses into it.
     fn forget_jumps_of(&mut self, page: u64) {
-        for (slot, jump) in self.jumps.iter_mut().enumerate() {
-            if jump.lin >> 12 == page >> 12 || jump.lin.wrapping_add(MAX_INSTRUCTION - 1) >> 12 == page >> 12
-            {
-                *jump = Self::no_jump(slot);
+        let there = |lin: u64| lin >> 12 == page >> 12;
+        let mut forget = |slot: usize| {
+            let lin = self.jumps[slot].lin;
+            if there(lin) || there(lin.wrapping_add(MAX_INSTRUCTION - 1)) {
+                self.jumps[slot] = Self::no_jump(slot);
             }
+        };
+        match self.jump_log.get(..self.jumps_filled) {
+            Some(log) => log.iter().for_each(|&slot| forget(slot as usize)),
+            None => (0..JUMPS).for_each(forget),
         }
+    }
+
+    /// Notes that a slot is filled.
+    fn log(&mut self, slot: usize) {
+        if self.filled < LOG {
+            self.log[self.filled] = slot as u16;
+        }
+        self.filled += 1;
+    }
+
+    /// Notes that a slot of the jumps is filled.
+    fn log_jump(&mut self, slot: usize) {
+        if self.jumps_filled < JUMP_LOG {
+            self.jump_log[self.jumps_filled] = slot as u16;
+        }
+        self.jumps_filled += 1;
     }
 
     /// Forgets what is not in global pages.
     fn keep_global(&mut self) {
-        for (slot, entry) in self.entries.iter_mut().enumerate() {
-            if entry.global == 0 {
-                *entry = Self::nothing(slot);
+        self.filled = 0;
+        for slot in 0..ENTRIES {
+            if self.entries[slot].global == 0 {
+                self.entries[slot] = Self::nothing(slot);
+            } else {
+                self.log(slot);
             }
         }
-        for (word, &bits) in self.jump_global.iter().enumerate() {
-            for bit in 0..64 {
-                if bits >> bit & 1 == 0 {
-                    let slot = 64 * word + bit;
-                    self.jumps[slot] = Self::no_jump(slot);
-                }
+        let filled = std::mem::take(&mut self.jumps_filled);
+        let known = filled <= JUMP_LOG;
+        for n in 0..if known { filled } else { JUMPS } {
+            // What is noted again is never ahead of what is read.
+            let slot = if known { self.jump_log[n] as usize } else { n };
+            if self.jump_is_global(slot) {
+                self.log_jump(slot);
+            } else {
+                self.jumps[slot] = Self::no_jump(slot);
             }
         }
-        (self.filled, self.jumps_filled) = (LOG + 1, LOG + 1);
     }
 
     /// Takes what is in global pages from another set; this one is empty.
     fn inherit(&mut self, from: &Set) {
-        for (to, from) in self.entries.iter_mut().zip(&from.entries) {
-            if from.global != 0 {
-                *to = *from;
+        for (slot, entry) in from.entries.iter().enumerate() {
+            if entry.global != 0 {
+                self.entries[slot] = *entry;
+                self.log(slot);
             }
         }
         for (word, &all) in from.jump_global.iter().enumerate() {
@@ -207,12 +230,12 @@ impl Set {
             while bits != 0 {
                 let slot = 64 * word + bits.trailing_zeros() as usize;
                 self.jumps[slot] = from.jumps[slot];
+                self.log_jump(slot);
                 bits &= bits - 1;
             }
         }
         self.jump_global = from.jump_global;
         self.jump_mode = from.jump_mode;
-        (self.filled, self.jumps_filled) = (LOG + 1, LOG + 1);
     }
 
     /// Forgets a page if it is here.

@@ -314,8 +314,8 @@ fn registers_to_frame(a: &mut Assembler, avx: bool) {
 pub fn jump_hash(a: &mut Assembler) {
     a.reg(false, &[0x69], host::R15, host::RAX); // imul r15d, eax, imm32
     a.bytes(&tlb::JUMP_HASH.to_le_bytes());
-    a.bytes(&[0x41, 0xc1, 0xef, 15]); // shr r15d, 15
-    a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 1, 0]); // and r15d, 0x1fff0
+    a.bytes(&[0x41, 0xc1, 0xef, 14]); // shr r15d, 14
+    a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 3, 0]); // and r15d, 0x3fff0
 }
 
 /// Compares the instruction pointer in RAX with that of the slot at R15.

@@ -494,6 +494,7 @@ impl Translator {
             overlays: self.switches.flag_overlays,
             stashes: self.switches.flag_stashes,
             apart: self.switches.cold_apart,
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
         };
         let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
         let (origin, rare) = (self.arena.position(), self.arena.rare_position());

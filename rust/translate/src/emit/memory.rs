@@ -109,8 +109,12 @@ impl Emitter<'_> {
 
     /// The rest of a lookup: RAX is a linear address, and becomes that of the host. `again` makes RAX anew.
     pub(super) fn probe(&mut self, again: usize, bytes: u16, write: bool, wide: bool) {
-        self.a.reg(false, &[0x8b], R15, RAX); // mov r15d, eax
-        self.a.bytes(&[0x41, 0xc1, 0xef, 7]); // shr r15d, 7
+        if self.switches.bmi2 {
+            self.a.bytes(&[0xc4, 0x63, 0x7b, 0xf0, 0xf8, 7]); // rorx r15d, eax, 7
+        } else {
+            self.a.reg(false, &[0x8b], R15, RAX); // mov r15d, eax
+            self.a.bytes(&[0x41, 0xc1, 0xef, 7]); // shr r15d, 7
+        }
         self.a.bytes(&[0x41, 0x81, 0xe7]); // and r15d, imm32
         self.a.bytes(&(((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as u32).to_le_bytes());
         let tag = if write { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) };

@@ -75,6 +75,8 @@ pub struct Switches {
     pub stashes: bool,
     /// Code that runs rarely is kept apart.
     pub apart: bool,
+    /// The host has BMI2.
+    pub bmi2: bool,
 }
 
 /// Where a block is, and goes.
