@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nonroot.backends.vdev import disk_index
 from nonroot.domain import registry
 from nonroot.domain.options import DomainOptions
+from nonroot.domain.xen_choice import knows_xen
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 from nonroot.toolstack.config import read_config, settle_xen
 from nonroot.toolstack.disks import DiskSpec, parse_disk
@@ -198,3 +199,24 @@ def test_numbers_of_domains_grow_and_begin_anew(folder: Path) -> None:
     registration.close()
     (folder / "next-domid").write_text("nonsense")
     assert registry.allocate_domid() == 1
+
+
+def test_what_no_domain_may_be_named() -> None:
+    for name in ("5", "0", "Domain-0", "a b", "", "-x"):
+        with pytest.raises(BadOptionError, match="is no name for a domain"):
+            registry.check_name(name)
+    assert registry.check_name("5a") == "5a"
+
+
+def test_kernels_that_know_xen(tmp_path: Path) -> None:
+    """A Linux by its drivers for it; any other by the signature that it compares CPUID with."""
+    kernel = tmp_path / "kernel"
+    for content, known in (
+        (b"\x7fELF Linux version 6.1 XenVMMXenVMM\0", False),
+        (b"\x7fELF Linux version 6.1 Xen HVM\0xenboot\0", True),
+        (b"\x7fELF another system XenVMMXenVMM\0", True),
+        (b"\x7fELF another system", False),
+    ):
+        kernel.write_bytes(content)
+        assert knows_xen(kernel) is known
+    assert not knows_xen(tmp_path / "none")

@@ -28,6 +28,7 @@ def test_disks_and_networks_come_and_go(nonroot: Run, tmp_path: Path) -> None:
     mac = "00:16:3e:01:02:03"
     assert nonroot("network-attach", "net", f"mac={mac}", "bridge=lan").status == 0
     until(lambda: [one["state"] for one in nonroot("network-list", "--json", "net").json] == ["connected"] * 2)
+    assert f"there is a network card {mac} already" in nonroot("network-attach", "net", f"mac={mac}").err
     assert nonroot("network-detach", "net", "0").status == 0
     until(lambda: [one["mac"] for one in nonroot("network-list", "--json", "net").json] == [mac])
     # Memory has a limit, which can be lowered and raised again, up to what there was.

@@ -77,6 +77,11 @@ def test_life_of_two_domains(nonroot: Run, tiny: str, folder: Path, tmp_path: Pa
     assert "has no network interface '0'" in nonroot("network-detach", "beta", "0").err
     assert nonroot("network-list", "--json", "beta").json == []
     assert "there are: beta, gamma" in nonroot("pause", "delta").err.replace("gamma, beta", "beta, gamma")
+    assert "has no disk of Xen's 'xvdb'; there is none" in nonroot("block-detach", "beta", "xvdb").err
+    assert nonroot("list", "0").out.splitlines()[1].startswith("Domain-0")
+    for verb in ("pause", "destroy", "block-list", "console"):
+        assert nonroot(verb, "0").err == "nonroot: Domain-0 is nonroot's control process; name a domain\n"
+    assert "taken for a number" in nonroot("rename", "beta", "7").err
     # Looking.
     assert nonroot("uptime", "beta").out.splitlines()[1].split()[0] == "beta"
     assert nonroot("top", "-b").out.startswith("NAME ")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from nonroot.errors import NotRunningError
+from nonroot.errors import NotRunningError, UnsupportedError
 
 __all__ = ["act", "ask", "find", "print_json", "print_table"]
 
@@ -38,9 +38,14 @@ def find(domain: str) -> dict[str, Any]:
 
 
 def nothing(domain: str) -> None:
-    """NotRunningError if no domain runs at all: domain zero need not be started to see that."""
+    """NotRunningError if no domain runs at all, UnsupportedError if it is the control process that is named: it need
+    not be started to see that.
+    """
+    from nonroot.domain.registry import ZERO_NAME
     from nonroot.toolstack.client import Toolstack
 
+    if domain in ("0", ZERO_NAME):
+        raise UnsupportedError(f"{ZERO_NAME} is nonroot's control process; name a domain")
     if Toolstack.nothing_runs():
         raise NotRunningError(f"there is no domain {domain[:60]!r}; none is running")
 

@@ -74,11 +74,16 @@ def block_attach(domain: str, disk: tuple[str, ...], as_json: bool) -> int:
 @click.command(
     "block-detach", short_help="Take a disk from a domain.", epilog="\b\nExample:\n  nonroot block-detach web xvdb"
 )
+@json_option
 @domain_argument
 @click.argument("vdev", metavar="VDEV")
-def block_detach(domain: str, vdev: str) -> int:
+def block_detach(domain: str, vdev: str, as_json: bool) -> int:
     """Ask DOMAIN's guest to let go of the disk VDEV; it is gone when the guest has."""
-    return _change(domain, "block_detach", False, vdev=vdev)
+    names = [one["vdev"] for one in ask(domain, "block-list")["disks"]]
+    if vdev not in names:
+        there = f"there are: {', '.join(names)}" if names else "there is none"
+        raise NotRunningError(f"{domain[:60]} has no disk of Xen's {vdev[:40]!r}; {there}")
+    return _change(domain, "block_detach", as_json, vdev=vdev)
 
 
 @click.command(
@@ -153,15 +158,18 @@ def network_attach(domain: str, vif: tuple[str, ...], as_json: bool) -> int:
     short_help="Take a network interface away.",
     epilog="\b\nExample:\n  nonroot network-detach web 0",
 )
+@json_option
 @domain_argument
 @click.argument("device", metavar="DEVID|MAC")
-def network_detach(domain: str, device: str) -> int:
+def network_detach(domain: str, device: str, as_json: bool) -> int:
     """Ask DOMAIN's guest to let go of a network interface; it is gone when the guest has."""
     cards = ask(domain, "network-list")["networks"]
     index = next((one["index"] for one in cards if device.lower() in (str(one["index"]), one["mac"].lower())), None)
     if index is None:
-        raise NotRunningError(f"{domain[:60]} has no network interface {device[:40]!r}")
-    return _change(domain, "network_detach", False, index=index)
+        there = ", ".join(str(one["index"]) for one in cards)
+        there = f"there are: {there}" if there else "there is none"
+        raise NotRunningError(f"{domain[:60]} has no network interface {device[:40]!r}; {there}")
+    return _change(domain, "network_detach", as_json, index=index)
 
 
 def _change(domain: str, method: str, as_json: bool, **params: Any) -> int:
@@ -171,5 +179,5 @@ def _change(domain: str, method: str, as_json: bool, **params: Any) -> int:
     with Toolstack() as toolstack:
         done = toolstack.request(method, domain=domain, **params)
     if as_json:
-        print_json(done)
+        print_json({"domain": domain, "done": method} | done)
     return 0

@@ -13,26 +13,26 @@ import click
 from nonroot.cli.display import complete_name, domain_argument, json_option
 from nonroot.cli.output import Reporter
 from nonroot.cli.xl_common import find, print_json, print_table
+from nonroot.domain.registry import ZERO_NAME as ZERO
 from nonroot.errors import BadOptionError, NonrootError, NotRunningError
 
 __all__ = ["dmesg", "domid", "domname", "info", "list_domains", "top", "uptime", "vcpu_list"]
-
-ZERO = "Domain-0"
 
 
 def _all(wanted: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Descriptions of all domains (or of those that are named), and of domain zero if it runs. NotRunningError."""
     from nonroot.toolstack.client import Toolstack
 
+    others = [one for one in wanted if one not in ("0", ZERO)]
     if Toolstack.nothing_runs():
-        if wanted and wanted != (ZERO,):
-            raise NotRunningError(f"there is no domain {wanted[0][:60]!r}; none is running")
+        if others:
+            raise NotRunningError(f"there is no domain {others[0][:60]!r}; none is running")
         return [], None
     with Toolstack() as toolstack:
-        if wanted:
-            return [toolstack.request("find", domain=one) for one in wanted], None
-        answer = toolstack.request("list")
-    return list(answer["domains"]), dict(answer["dom0"])
+        answer = toolstack.request("list") if not wanted or len(others) < len(wanted) else None
+        found = [toolstack.request("find", domain=one) for one in others]
+    zero = None if answer is None else dict(answer["dom0"])
+    return list(answer["domains"]) if answer is not None and not wanted else found, zero
 
 
 def _mib(domain: dict[str, Any]) -> str:
@@ -75,7 +75,7 @@ def list_domains(long_: bool, verbose: bool, as_json: bool, domains: tuple[str, 
     if as_json or long_:
         print_json(found, 2 if long_ and not as_json else None)
         return 0
-    if not found:
+    if not found and not (domains and zero):
         Reporter().line("no domain is running")
         return 0
     rows: list[tuple[str, ...]] = [("Name", "ID", "Mem", "VCPUs", "State", "Time(s)")]

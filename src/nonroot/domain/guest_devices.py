@@ -123,6 +123,8 @@ class GuestDevices:
         """A card; without ``index``, the first free number. Its facts. BadOptionError, SoftwareMissingError."""
         devices = self._open()
         mac = network.mac or random_mac(random.SystemRandom())
+        if any(card["mac"].lower() == mac.lower() for card in self.networks()):
+            raise BadOptionError(f"there is a network card {mac} already; each has an address of its own")
         if network.is_user:
             try:
                 device = devices.add_card(network.user_network(self._hostname), mac, index)

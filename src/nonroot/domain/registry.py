@@ -19,13 +19,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nonroot.errors import BadOptionError, NotRunningError, TransientError
 from nonroot.xen.config import LAST_DOMID
 
-__all__ = ["Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
+__all__ = ["ZERO_NAME", "Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
 
+ZERO_NAME: Final = "Domain-0"
+"""What xl's users call the control process; no domain is named so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 MAX_ENTRY = 1 << 16
 """Bytes of an entry."""
@@ -53,6 +55,9 @@ def check_name(name: str) -> str:
         raise BadOptionError(
             f"{name[:60]!r} is no name for a domain: use up to 40 letters and digits, and '.', '_', '-' inside"
         )
+    if name.isdigit() or name == ZERO_NAME:
+        what = "a number" if name.isdigit() else "the control process"
+        raise BadOptionError(f"{name!r} is no name for a domain: it would be taken for {what}")
     return name
 
 

@@ -19,8 +19,13 @@ __all__ = ["choose_xen", "knows_xen"]
 
 SETTINGS: Final = ("CONFIG_XEN_PVHVM=y", "CONFIG_HVC_XEN=y")
 """A kernel with these finds Xen, and has a console there."""
+LINUX: Final = b"Linux version "
 MARKS: Final = (b"Xen HVM\0", b"xenboot\0")
-"""What is in such a kernel: the hypervisor's name, and that of its early console."""
+"""What is in such a kernel of Linux: the hypervisor's name, and that of its early console."""
+SIGNATURE: Final = b"XenVMMXenVMM"
+"""What another kernel, such as GRUB's for PVH, compares CPUID's answer with."""
+SIGNATURE, LINUX = b"XenVMMXenVMM", b"Linux version "
+"""What looks for Xen's signature and is no Linux, like GRUB's image for PVH, is for Xen only."""
 MAX_KERNEL: Final = 512 << 20
 
 
@@ -80,4 +85,4 @@ def knows_xen(kernel: Path) -> bool:
             data = b"" if payload is None else decompress(payload)
     except (OSError, BootError):
         return False
-    return all(mark in data for mark in MARKS)
+    return all(mark in data for mark in MARKS) or (LINUX not in data and SIGNATURE in data)

@@ -10,6 +10,7 @@ from typing import Final
 from nonroot.backends.vdev import disk_index
 from nonroot.boot.bzimage import is_bzimage
 from nonroot.domain.initramfs import kernel_bits
+from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import check_name
 from nonroot.domain.viewers import parse_address
@@ -272,6 +273,8 @@ class _Interpreter:
         xen = bool(self._number("nonroot_xen", 0)) if chosen else (None if firmware is None else True)
         if networks and xen is False:
             raise UnsupportedError("vif: nonroot emulates no network cards, and Xen's need nonroot_xen=1")
+        publish = self._texts("nonroot_publish")
+        parse_networks(networks, publish)
         return DomainOptions(
             kernel=kernel,
             initrd=ramdisk,
@@ -288,7 +291,7 @@ class _Interpreter:
             display=config.kind == "hvm" or bool(self._all.get("vnc")),
             xen=xen,
             networks=networks,
-            publish=self._texts("nonroot_publish"),
+            publish=publish,
         )
 
     def _firmware(self, kind: str, kernel: str | None, bios: str) -> str | None:

@@ -137,6 +137,8 @@ class DomainZero(DeviceVerbs):
         wanted = params.get("domain")
         if not isinstance(wanted, str):
             raise BadOptionError("which domain?")
+        if wanted in ("0", registry.ZERO_NAME):
+            raise UnsupportedError(f"{registry.ZERO_NAME} is nonroot's control process; name a domain")
         await self.refresh()
         for known in self._known.values():
             if wanted in (str(known.domid), known.uuid):
