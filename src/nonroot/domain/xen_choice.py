@@ -24,8 +24,6 @@ MARKS: Final = (b"Xen HVM\0", b"xenboot\0")
 """What is in such a kernel of Linux: the hypervisor's name, and that of its early console."""
 SIGNATURE: Final = b"XenVMMXenVMM"
 """What another kernel, such as GRUB's for PVH, compares CPUID's answer with."""
-SIGNATURE, LINUX = b"XenVMMXenVMM", b"Linux version "
-"""What looks for Xen's signature and is no Linux, like GRUB's image for PVH, is for Xen only."""
 MAX_KERNEL: Final = 512 << 20
 
 
