@@ -216,6 +216,10 @@ def test_command_line_and_setup() -> None:
     shell = guest_setup(options(setup=True, xen=False, agent=False))
     assert shell is not None, "PID 1 is a shell, which hears no signals"
     assert b"exec busybox poweroff -f" in shell.archive()
+    assert "xen-blkfront" not in shell.script()
+    later = guest_setup(options(setup=True, xen=True, agent=False))
+    assert later is not None
+    assert later.script().count("modprobe xen-") == 2, "devices may come"
 
 
 def test_the_script_is_one(tmp_path: Path) -> None:

@@ -44,3 +44,16 @@ def test_disks_and_networks_come_and_go(nonroot: Run, tmp_path: Path) -> None:
     disks = until(lambda: [one for one in nonroot("block-list", "--json", "net").json if one["state"] == "connected"])
     assert [(one["vdev"], one["target"]) for one in disks] == [("xvdc", str(image))]
     assert nonroot("shutdown", "-w", "--timeout", "120", "net").status == 0
+
+
+def test_the_first_devices_come_while_it_runs(nonroot: Run, tmp_path: Path) -> None:
+    need("cloud-amd64")
+    image = tmp_path / "data.img"
+    image.write_bytes(bytes(8 << 20))
+    assert nonroot("create", "name=bare", "memory=128").status == 0
+    assert nonroot("block-list", "--json", "bare").json == nonroot("network-list", "--json", "bare").json == []
+    assert nonroot("block-attach", "bare", f"{image},raw,xvda,w").status == 0
+    assert nonroot("network-attach", "bare", "bridge=lan").status == 0
+    for verb in ("block-list", "network-list"):
+        until(lambda: [one["state"] for one in nonroot(verb, "--json", "bare").json] == ["connected"])  # noqa: B023
+    assert nonroot("destroy", "bare").status == 0

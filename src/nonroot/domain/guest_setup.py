@@ -125,6 +125,8 @@ class GuestSetup:
     """Further lines of the script."""
     agent: bool = True
     """Whether PID 1 is our agent."""
+    attachable: bool = False
+    """Whether disks and cards of Xen's may come later, though there are none yet: their drivers are loaded."""
 
     @property
     def wanted(self) -> bool:
@@ -143,16 +145,17 @@ class GuestSetup:
                 archive.file(
                     f"bin/{verb}", END.format(verb="poweroff" if verb == "halt" else verb).encode(), mode=0o755
                 )
-        if self.disks:
+        mounts = bool(self.disks) or self.attachable
+        if mounts:
             archive.directory("etc")
             archive.file("etc/filesystems", "\n".join([*MOUNTABLE, ""]).encode())
         if self.modules is not None:
-            _add_modules(archive, self.modules, [*self._drivers(), *(FILE_SYSTEMS if self.disks else ())])
+            _add_modules(archive, self.modules, [*self._drivers(), *(FILE_SYSTEMS if mounts else ())])
         return archive.finish()
 
     def _drivers(self) -> list[str]:
         # Both, if there is one: a disk may be attached later to a guest that has only cards, and the other way round.
-        both = ["xen-blkfront", "xen-netfront"] if self.disks or self.networks else []
+        both = ["xen-blkfront", "xen-netfront"] if self.disks or self.networks or self.attachable else []
         return [*both, *self.more_modules]
 
     def script(self) -> str:
@@ -173,7 +176,7 @@ class GuestSetup:
             ]
             lines += _if("driver vif xen-netfront", cards)
         later = {"xen-blkfront": self.disks, "xen-netfront": self.networks}
-        if any(later.values()):
+        if any(later.values()) or self.attachable:
             lines += [f"modprobe {name} 2>/dev/null" for name, now in later.items() if not now]
         return "\n".join([*lines, *self.more_lines, ""])
 

@@ -491,6 +491,8 @@ def guest_setup(options: DomainOptions) -> GuestSetup | None:
         more_modules=list(SHARE_MODULES) if shares else [],
         more_lines=setup_lines(shares),
         agent=options.agent,
+        # A guest that the toolstack made lives long enough for devices to come; any other starts quicker without.
+        attachable=options.xen is not False and not options.agent,
     )
     return setup if setup.wanted else None
 
