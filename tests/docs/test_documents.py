@@ -93,3 +93,13 @@ def test_the_licence_is_the_one_that_is_declared() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"] == "Apache-2.0"
     assert tomllib.loads((ROOT / "rust" / "Cargo.toml").read_text())["workspace"]["package"]["license"] == "Apache-2.0"
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    for document in DOCUMENTS:
+        for path, name in re.findall(r"`(tests/[\w/.]+\.py)::(\w+)`", document.read_text()):
+            file = ROOT / path
+            assert file.is_file(), f"{document.name} names {path}"
+            assert re.search(rf"^ *def {name}\(", file.read_text(), re.MULTILINE), (
+                f"{document.name} names {path}::{name}"
+            )
