@@ -88,6 +88,11 @@ def test_life_of_two_domains(nonroot: Run, tiny: str, folder: Path, tmp_path: Pa
     messages = nonroot("dmesg", "gamma").out
     assert "boot protocol pvh" in messages
     assert "renamed from alpha to gamma" in messages
+    assert [one["name"] for one in nonroot("vcpu-list", "--json", "gamma").json] == ["gamma"]
+    assert nonroot("uptime", "--json", "gamma").json[0]["uptime"] > 0
+    assert {one["name"] for one in nonroot("top", "--json").json} == {"beta", "gamma"}
+    assert "boot protocol pvh" in nonroot("dmesg", "--json", "gamma").json["messages"][1][1]
+    assert nonroot("info", "--json").json["nr_cpus"] == os.cpu_count()
     # Their ends: one by force, one by its own power-off, and then domain zero's.
     pid = dom0_pid()
     assert nonroot("destroy", "gamma").status == 0
