@@ -45,7 +45,7 @@ def register(number: int, bits: int) -> str:
 
 
 NUMBER = st.integers(0, 255)
-STEP = st.tuples(st.integers(0, 11), NUMBER, NUMBER, NUMBER)
+STEP = st.tuples(st.integers(0, 13), NUMBER, NUMBER, NUMBER)
 PART = st.tuples(st.lists(STEP, max_size=4), st.sampled_from(["", "jmp", *CONDITIONS]), st.integers(1, 4))
 
 
@@ -64,6 +64,8 @@ def step(kind: int, a: int, b: int, c: int, bits: int) -> str:
         f"lea {left}, [{right}+{c}]",
         f"adc {left}, {right}",
         f"inc {left}",
+        f"add {left}, {at}",
+        f"sub {left}, {at}",
     ][kind]
 
 

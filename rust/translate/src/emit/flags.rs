@@ -52,6 +52,8 @@ pub(super) enum How {
     Added,
     /// Those of the subtraction of the right operand that gave left.
     Subtracted,
+    /// Those of the subtraction of something from the right operand that gave left.
+    SubtractedFrom,
     /// SHL, SHR or SAR (by the number in its encoding) of left, by so many bits.
     Shifted { op: u8, count: u8 },
     /// Those in [`frame::Frame::flags`].
@@ -191,11 +193,26 @@ impl Emitter<'_> {
                 self.with_register(wide, 0x03, R15, right);
                 self.with_register(wide, 0x2b, R15, right);
             }
+            (How::SubtractedFrom, right) => {
+                let right = right.unwrap_or(STASH);
+                let old = source(&mut self.a, right);
+                self.a.mov(R15, old);
+                self.with_register(wide, 0x2b, R15, r.left);
+                self.with_memory(wide, 0x39, R15, right);
+            }
             (How::Shifted { op, count }, _) => {
                 self.a.mov(R15, left);
                 self.a.reg(wide, &[0xc1], op, R15);
                 self.a.bytes(&[count]);
             }
+        }
+    }
+
+    /// `opcode right, left`, where right may live in memory.
+    fn with_memory(&mut self, wide: bool, opcode: u8, left: u8, right: u8) {
+        match host_of(right) {
+            Some(reg) => self.a.reg(wide, &[opcode], left, reg),
+            None => self.a.mem(wide, &[opcode], left, home(right)),
         }
     }
 
@@ -262,7 +279,7 @@ impl Emitter<'_> {
                     // Until the instruction itself makes others, they can be made again.
                     self.flags
                 } else {
-                    Flags::Live(if self.spoilt_later(g) { self.stash(r, registers) } else { None })
+                    Flags::Live(if self.spoilt_later(g, false) { self.stash(r, registers) } else { None })
                 };
             }
             Flags::Recipe(r) if r.reads(registers) && !g.kills_flags() => match self.stash(r, registers) {
@@ -277,9 +294,9 @@ impl Emitter<'_> {
     }
 
     /// Whether the host's flags are needed for something else while the present instruction's, or those that it
-    /// leaves, may still be asked for.
-    fn spoilt_later(&self, g: &Guest) -> bool {
-        if g.spoils() {
+    /// leaves, may still be asked for. `done`: it has looked its own operand up.
+    fn spoilt_later(&self, g: &Guest, done: bool) -> bool {
+        if g.spoils() && !done {
             // The recipe is all there is from here on.
             let rest = &self.guests[self.at + 1..];
             return rest.iter().find_map(Self::asks).unwrap_or(true);
@@ -335,6 +352,26 @@ impl Emitter<'_> {
         }
     }
 
+    /// Before an addition or subtraction of memory whose flags will be in the way: keeps a copy of the register.
+    pub(super) fn stash_sum(&mut self, g: &Guest) -> Option<Recipe> {
+        let i = &g.i;
+        let how = match i.mnemonic() {
+            Mnemonic::Add => How::Added,
+            Mnemonic::Sub => How::SubtractedFrom,
+            _ => return None,
+        };
+        let sources = i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Memory;
+        if !self.switches.stashes || !sources || g.implicit_rax || !g.kills_flags() {
+            return None;
+        }
+        let (size, left) = (i.op0_register().size() as u8, analysis::number(i.op0_register())?);
+        if size < 4 || !self.spoilt_later(g, true) {
+            return None;
+        }
+        self.keep_copy(left);
+        Some(Recipe { how, left, right: Some(STASH), immediate: 0, size, over: None })
+    }
+
     /// Before a shift by a constant whose flags will be in the way: keeps a copy of the operand.
     pub(super) fn stash_shift(&mut self, g: &Guest) -> Option<Recipe> {
         let i = &g.i;
@@ -354,7 +391,7 @@ impl Emitter<'_> {
         let (size, left) = (i.op0_register().size() as u8, analysis::number(i.op0_register())?);
         let by = i.op_count() == 2 && i.op1_kind() == OpKind::Immediate8;
         let count = if by { i.immediate8() & if size == 8 { 63 } else { 31 } } else { 0 };
-        if size < 4 || count == 0 || !self.spoilt_later(g) {
+        if size < 4 || count == 0 || !self.spoilt_later(g, false) {
             return None;
         }
         self.keep_copy(left);

@@ -111,7 +111,7 @@ impl Emitter<'_> {
             self.group = None;
             self.a.mov(RAX, host::R14);
         }
-        let shifted = self.stash_shift(g);
+        let stashed = self.stash_shift(g).or_else(|| self.stash_sum(g));
         self.encode(g, place)?;
         if g.implicit_rax && g.writes & 1 != 0 {
             self.a.mov(host::R14, RAX);
@@ -120,8 +120,8 @@ impl Emitter<'_> {
             self.x87_pointers(g);
         }
         self.flags_after(g);
-        if shifted.is_some() {
-            self.flags = Flags::Live(shifted);
+        if stashed.is_some() {
+            self.flags = Flags::Live(stashed);
         }
         Ok(())
     }
