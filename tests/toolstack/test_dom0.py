@@ -115,6 +115,30 @@ def test_life_of_two_domains(nonroot: Run, tiny: str, folder: Path, tmp_path: Pa
     assert b"power off" in place.console_path("beta").read_bytes()
 
 
+def test_the_console_is_a_terminal_as_well(nonroot: Run, tiny: str) -> None:
+    create(nonroot, tiny, "beta", "echo", "nonroot_xen=1")
+    with XenStore() as store:
+        path = store.read(f"/local/domain/{nonroot('domid', 'beta').out.strip()}/console/tty")
+    assert path is not None
+    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+    seen = b""
+    terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    try:
+        while b"say something" not in seen:
+            seen += os.read(terminal, 4096)
+    finally:
+        os.close(terminal)
+    # Its users come and go.
+    terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    try:
+        os.write(terminal, b"hello\n\x04")
+        while b"hello" not in seen:
+            seen += os.read(terminal, 4096)
+    finally:
+        os.close(terminal)
+    until(lambda: not registry.entries())
+
+
 def test_without_domains_nothing_is_started(nonroot: Run, folder: Path) -> None:
     before = place.socket_path().exists()
     assert nonroot("list", "--json").json == []

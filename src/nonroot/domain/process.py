@@ -11,11 +11,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nonroot.domain.agent import AgentSession
 from nonroot.domain.connection import Connection
 from nonroot.domain.console import PanicWatch
+from nonroot.domain.console_pty import ConsolePty
 from nonroot.domain.device_requests import DeviceRequests
 from nonroot.domain.display import DisplayService
 from nonroot.domain.frames import FrameDecoder, FrameError
@@ -34,6 +35,9 @@ from nonroot.errors import (
     UnsupportedError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from nonroot.domain.xen import XenServices
 
 __all__ = ["Connection", "DomainProcess"]
 
@@ -68,6 +72,7 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         self._agent_pieces = 0
         self._panic = PanicWatch()
         self._console_due: float | None = None
+        self._pty: ConsolePty | None = None
         self._panic_due: float | None = None
         self._stopped: dict[str, Any] | None = None
         self._stop_error: NonrootError | None = None
@@ -84,6 +89,8 @@ class DomainProcess(DisplayRequests, DeviceRequests):
             self._serve()
         finally:
             self._close_display()
+            if self._pty is not None:
+                self._pty.close()
             if isinstance(self._runner, Runner):
                 self._runner.close()
 
@@ -205,6 +212,8 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         if self._registration is not None:
             self._registration.describe(**self._registration.facts | self._own_facts())
         self._display = DisplayService(runner.seat, runner.call)
+        if not options.agent and runner.xen is not None:
+            self._open_terminal(runner, runner.xen)
         if options.agent:
             self._session = AgentSession(runner, eager=options.virtual_time)
         description: dict[str, Any] = runner.describe()
@@ -536,7 +545,7 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         data = runner.take_console()
         if not data:
             return
-        self._log.add(data)
+        self._keep(data)
         if self._panic.feed(data):
             for connection in self._connections:
                 connection.event("panic", message=self._panic.message)
@@ -544,6 +553,19 @@ class DomainProcess(DisplayRequests, DeviceRequests):
                 self._panic_due = time.monotonic() + PANIC_GRACE
         for connection in attached:
             connection.emit(Kind.CONSOLE, data)
+
+    def _open_terminal(self, runner: Runner, xen: "XenServices") -> None:
+        try:
+            self._pty = ConsolePty(self._selector, runner.console_input)
+        except UnsupportedError as error:
+            self._messages.say(str(error))
+        else:
+            xen.tell_console(self._pty.path)
+
+    def _keep(self, data: bytes) -> None:
+        self._log.add(data)
+        if self._pty is not None:
+            self._pty.add(data)
 
     def _continue(self) -> None:
         """After every round: what waited for room goes on."""
@@ -567,7 +589,7 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         while self._console_due is not None:  # a client is slow; its own queue takes the rest
             self._console_due = None
             data = self._need().take_console()
-            self._log.add(data)
+            self._keep(data)
             self._panic.feed(data)
             for connection in self._connections:
                 if connection.console:

@@ -161,6 +161,10 @@ class XenServices:
         """Ask the guest to shut down: ``poweroff`` or ``reboot``."""
         self.store.write(f"{self.home}/control/shutdown", how)
 
+    def tell_console(self, path: str) -> None:
+        """``path``: the pseudo-terminal that is its console. XenStoreError, XenStoreLostError."""
+        self.store.write(f"{self.home}/console/tty", path)
+
     def limit_memory(self, size: int) -> None:
         """The guest's balloon is to let it have ``size`` bytes at most, as the hypervisor does."""
         self.store.write(f"{self.home}/memory/static-max", str(size >> 10))
