@@ -296,6 +296,18 @@ def test_a_guest_that_does_not_read_loses_no_movement(seat: Seat) -> None:
     assert sum(data[1::3]) == 100
 
 
+def test_a_guest_that_does_not_read_loses_no_click(seat: Seat) -> None:
+    seat.to_mouse(0xF4)
+    for buttons in (None, 1, 0):
+        seat.device.move(0 if buttons is not None else 5, 0, buttons=buttons)
+    assert seat.drain() == bytes((0x08, 5, 0, 0x09, 0, 0, 0x08, 0, 0))
+    for count in range(200):
+        seat.device.move(1, 0, buttons=count & 1)
+    data = seat.drain()
+    assert sum(data[1::3]) == 200
+    assert data[-3] & 1
+
+
 def test_mouse_and_keyboard_share_the_buffer(seat: Seat) -> None:
     seat.to_mouse(0xF4)
     seat.device.key(0x1E, True)

@@ -9,6 +9,8 @@ from typing import Final
 __all__ = ["MOUSE_FIFO", "Mouse"]
 
 MOUSE_FIFO: Final = 16
+LONGEST: Final = 4
+"""Bytes of a packet."""
 ACKNOWLEDGE: Final = 0xFA
 RESEND: Final = 0xFE
 BAT_GOOD: Final = 0xAA
@@ -71,11 +73,16 @@ class Mouse:
 
     def move(self, dx: int, dy: int, dz: int = 0, buttons: int | None = None) -> None:
         """Movement (right, down, wheel down), and the buttons held (bit 0 left, 1 right, 2 middle, 3 and 4 sides)."""
+        if buttons is not None:
+            buttons &= 0x1F
+            unsent = self.buttons not in (buttons, self.sent_buttons)
+            if unsent and self._may_report() and len(self.packets) + LONGEST <= MOUSE_FIFO:
+                # A press and its release are both told, however long the host takes for what was before.
+                self.packets += bytes(self._packet())
+            self.buttons = buttons
         self.dx = _bounded(self.dx + dx)
         self.dy = _bounded(self.dy - dy)
         self.dz = _bounded(self.dz + dz)
-        if buttons is not None:
-            self.buttons = buttons & 0x1F
         self._report()
 
     def waiting(self) -> bool:
@@ -150,13 +157,16 @@ class Mouse:
 
     def _report(self, quietly: bool = False) -> None:
         """Make a packet of what has happened, if nobody waits for an earlier one."""
-        if not self.reporting or self.remote or self.wrap or self.packets:
+        if self.packets or not self._may_report():
             return
         if not (self.dx or self.dy or self.dz or self.buttons != self.sent_buttons):
             return
         self.packets += bytes(self._packet())
         if not quietly:
             self._changed()
+
+    def _may_report(self) -> bool:
+        return self.reporting and not self.remote and not self.wrap
 
     def _packet(self) -> list[int]:
         dx, self.dx = _part(self.dx, 255)
