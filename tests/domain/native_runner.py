@@ -27,6 +27,7 @@ class NativeRunner:
     def __init__(self, options: DomainOptions, progress: Callable[[str], None]) -> None:
         self.mailbox = Mailbox()
         self.seat = None
+        self.xen = None
         self.options = options
         self._console = bytearray()
         self._process: subprocess.Popen[bytes] | None = None

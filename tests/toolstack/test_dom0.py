@@ -131,9 +131,10 @@ def test_the_console_is_a_terminal_as_well(nonroot: Run, tiny: str) -> None:
     # Its users come and go.
     terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
     try:
-        os.write(terminal, b"hello\n\x04")
+        os.write(terminal, b"hello\n")
         while b"hello" not in seen:
             seen += os.read(terminal, 4096)
+        os.write(terminal, b"\x04")
     finally:
         os.close(terminal)
     until(lambda: not registry.entries())
