@@ -2,9 +2,14 @@
 
 A handler of Python's runs wherever the main thread is, so it does next to nothing: before the command runs it raises
 :class:`InterruptedBySignal` there; afterwards it hands the signal to a thread that may take locks.
+
+Python only notes a signal and runs the handler later, in the main thread. One that comes just before that thread goes
+to sleep on a lock does not end the sleep, and would wait as long as the lock does. Python's wake-up descriptor tells a
+thread of its own of each signal; that thread then pokes the main thread, which ends the sleep.
 """
 
 import contextlib
+import os
 import queue
 import signal
 import threading
@@ -17,6 +22,10 @@ from nonroot.domain import host
 __all__ = ["InterruptedBySignal", "SignalRelay"]
 
 FATAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+POKE = signal.SIGURG
+"""Means nothing to anybody here; a call that it interrupts goes on."""
+POKES = (0.02, 0.1, 0.5)
+"""Seconds to wait before each poke: the first could come too early as well."""
 
 
 class InterruptedBySignal(BaseException):
@@ -41,8 +50,18 @@ class SignalRelay:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._old: dict[int, Any] = {}
         self._thread: threading.Thread | None = None
+        self._poker: threading.Thread | None = None
+        self._over = threading.Event()
+        self._wake_write = self._old_wake = -1
 
     def __enter__(self) -> "SignalRelay":
+        read, self._wake_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._wake_write, False)  # Python asks for it
+        self._old_wake = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._old[POKE] = signal.signal(POKE, lambda number, frame: None)
+        main = threading.get_ident()
+        self._poker = threading.Thread(target=self._poke, args=(read, main), name="nonroot-poke", daemon=True)
+        self._poker.start()
         for number in (*FATAL, signal.SIGWINCH):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
                 self._old[number] = signal.signal(number, self._handle)
@@ -51,6 +70,11 @@ class SignalRelay:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._old_wake)
+        os.close(self._wake_write)
+        self._over.set()
+        if self._poker is not None:
+            self._poker.join()
         for number, old in self._old.items():
             signal.signal(number, old)
         if self._thread is not None:
@@ -78,6 +102,15 @@ class SignalRelay:
         if self._forward is None and first:
             raise InterruptedBySignal(number)
         self._kill()
+
+    def _poke(self, read: int, main: int) -> None:
+        host.leave_signals_to_others()
+        while numbers := os.read(read, 256):
+            if any(number != POKE for number in numbers):
+                for seconds in POKES:
+                    if not self._over.wait(seconds):
+                        signal.pthread_kill(main, POKE)
+        os.close(read)
 
     def _relay(self) -> None:
         host.leave_signals_to_others()
