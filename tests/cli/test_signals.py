@@ -46,8 +46,8 @@ def test_a_signal_that_did_not_wake_the_main_thread_interrupts_it() -> None:
         thread = signal_beside_the_main_thread(signal.SIGTERM, begin)
         lock = threading.Lock()
         lock.acquire()
+        begin.set()
         with pytest.raises(InterruptedBySignal) as caught:
-            begin.set()
             lock.acquire(timeout=PATIENCE)
         thread.join()
     assert caught.value.number == relay.killed_by == signal.SIGTERM
