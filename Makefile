@@ -18,7 +18,7 @@ export CARGO_TERM_COLOR ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests of one module stay on one core: they share guests.
-PYTEST       := $(PY) -m pytest -q -n $(shell nproc) --dist loadscope
+PYTEST       := $(PY) scripts/run_tests.py -q -n $(shell nproc) --dist loadscope
 CARGO        := cargo
 MANIFEST     := --manifest-path rust/Cargo.toml
 ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
