@@ -213,6 +213,8 @@ class XenPath:
     def raise_event(self, number: int) -> bool: ...
     def set_shot(self, deadline_ns: int | None, now_ns: int) -> None:
         """The single-shot timer of vCPU 0: at a machine time; None: not at all."""
+    def shot(self) -> int | None:
+        """When it is due."""
     def reset(self) -> None:
         """As at power-on: everything is forgotten, the layout too."""
     def statistics(self) -> dict[str, int]: ...

@@ -240,6 +240,10 @@ impl XenPath {
         py.detach(|| self.path.set_shot(deadline_ns, now_ns));
     }
 
+    fn shot(&self, py: Python<'_>) -> Option<u64> {
+        py.detach(|| self.path.deadline())
+    }
+
     fn reset(&self, py: Python<'_>) {
         py.detach(|| self.path.reset());
         self.disks().clear();

@@ -41,6 +41,9 @@ class MachineConfig:
     """Where RDRAND starts in virtual time; in real time it is the host's."""
     engine_off: frozenset[str] = field(default_factory=frozenset)
     """Optimisations of the engine to switch off."""
+    resumed: bool = False
+    """The machine goes on from the records of another (:mod:`nonroot.hvm.saved`): no kernel and no tables are put into
+    its memory. ``protocol`` says how the other was started."""
     xen: XenConfig | None = None
     """Be a Xen for the guest; None: no Xen."""
 

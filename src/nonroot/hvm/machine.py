@@ -6,7 +6,7 @@ will be behind one lock, taken around the dispatch of an exit.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import Condition, get_ident
 from typing import Final
@@ -92,13 +92,16 @@ class Machine:
         outputs = outputs or Outputs()
         self.memory_map = MemoryMap(config.memory_bytes, () if config.xen is None else (RESERVED,))
         self.plan: BootPlan | None = None
-        """How the kernel is started; None with firmware."""
-        if config.firmware is None:
+        """How the kernel is started; None with firmware, and for a machine that is resumed."""
+        self.protocol = "bios" if config.firmware is not None else config.protocol
+        """How its guest is started: ``bios``, ``pvh``, ``linux64``, ``linux32`` or ``multiboot``."""
+        if config.firmware is not None:
+            config.firmware.check()
+        elif not config.resumed:
             self.plan = plan_boot(
                 config.kernel, self.memory_map, config.cmdline, config.initrd, FIRMWARE_START, config.protocol
             )
-        else:
-            config.firmware.check()
+            self.protocol = self.plan.protocol
         self._reboots = config.reboot if config.reboot is not None else config.firmware is not None
         self.resets = 0
         """How often the guest has been started again."""
@@ -199,10 +202,10 @@ class Machine:
             attach(self.board)
         if not self.board.has_8042:
             self._add_bare_8042()
-        if config.firmware is None:
-            self._place_tables(config)
-        else:
+        if config.firmware is not None:
             self._add_firmware(config, config.firmware)
+        elif not config.resumed:
+            self._place_tables(config)
         self.devices: tuple[Device, ...] = (
             self.pit,
             self.rtc,
@@ -270,7 +273,7 @@ class Machine:
     @property
     def _is_pvh(self) -> bool:
         """Whether this is a Xen domain without the platform device."""
-        return self.xen is not None and self.plan is not None and self.plan.protocol == "pvh"
+        return self.xen is not None and self.protocol == "pvh"
 
     def _place_tables(self, config: MachineConfig) -> None:
         """Without firmware, its work is ours: tables in memory, what drives there are, routes of the PCI interrupts."""
@@ -592,6 +595,20 @@ class Machine:
         """Check all records, then apply them. StateError (nothing changed) for a hostile, missing or unknown one."""
         restore_records(self.devices, self.board.memories, records)
         self.vcpu.flush()
+
+    def flush_output(self) -> None:
+        """Pass on what the guest has written."""
+        for buffer in self._buffers:
+            buffer.flush()
+
+    def waiting_input(self) -> list[bytes]:
+        """What no device has taken yet: for the agent, and for each serial port."""
+        return [queue.take() for queue in (self._agent_input, *self._uart_input)]
+
+    def put_waiting_input(self, data: Sequence[bytes]) -> None:
+        """As :meth:`waiting_input` found it. ValueError if it is of another machine."""
+        for queue, waiting in zip((self._agent_input, *self._uart_input), data, strict=True):
+            queue.put(waiting)
 
     def statistics(self) -> dict[str, int]:
         """Exits by kind (``exit.PortIo`` …), device events (``event.uart0.unknown-register`` …), and what of Xen was

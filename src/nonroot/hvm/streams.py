@@ -80,5 +80,13 @@ class InputQueue:
         finally:
             self._feeding = False
 
+    def take(self) -> bytes:
+        """What is waiting; it stays."""
+        return bytes(self._waiting)
+
+    def put(self, data: bytes) -> None:
+        """Have ``data`` waiting, and nothing else; the device has been offered it."""
+        self._waiting[:] = data
+
     def __len__(self) -> int:
         return len(self._waiting)

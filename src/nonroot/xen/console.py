@@ -5,8 +5,9 @@ Source: Xen's public/io/console.h.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+from nonroot.saved.fields import Fields
 from nonroot.xen.memory import Page, Place, Words
 from nonroot.xen.ring import ByteRing
 
@@ -42,6 +43,15 @@ class ConsoleRing:
         """The guest starts again."""
         self.connected = False
         self._waiting.clear()
+
+    def saved(self) -> dict[str, Any]:
+        """What is not in the ring."""
+        return {"connected": self.connected, "waiting": self._waiting.hex()}
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found it. StateError."""
+        self.connected = record.flag("connected")
+        self._waiting[:] = record.data("waiting", MAXIMUM_INPUT)
 
     def event(self) -> None:
         """The guest has written something, or read something."""

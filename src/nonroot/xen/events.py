@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from threading import RLock
-from typing import Final
+from typing import Any, Final
 
 from nonroot._engine import XenPath
+from nonroot.hvm.device import StateError
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import DOMID_SELF, GLOBAL_VIRQS, PER_VCPU_VIRQS, VIRQS, Errno, HypercallError, Virq
 from nonroot.xen.backend import EventChannelError
 from nonroot.xen.shared import SharedInfo
@@ -240,6 +242,68 @@ class EventChannels:
             if found is not None and found.backend is backend:
                 found.kind, found.backend, found.remote_port = Kind.UNBOUND, None, 0
                 self._show(backend.guest_port)
+
+    # ── saved domains ──
+
+    def saved(self) -> dict[str, Any]:
+        """All ports."""
+        with self._lock:
+            ports = [
+                {
+                    "number": number,
+                    "kind": int(port.kind),
+                    "vcpu": port.vcpu,
+                    "own": port.kind in (Kind.UNBOUND, Kind.INTERDOMAIN) and port.remote == self._domid,
+                    "remote": port.remote,
+                    "remote_port": port.remote_port,
+                    "virq": port.virq,
+                    "backend": port.backend is not None,
+                }
+                for number, port in sorted(self._ports.items())
+            ]
+        return {"ports": ports, "next": self._next_backend_port}
+
+    def restore(self, record: Fields, own: dict[int, Callable[[], object]]) -> dict[int, BackendPort]:
+        """
+        All ports as :meth:`saved` found them. StateError.
+
+        ``own``: what serves which port; those are bound, told, and returned. Others that had a backend wait for one.
+        """
+        ports: dict[int, Port] = {}
+        for item in record.records("ports"):
+            number = item.number("number", self._shared.abi.ports - 1, 1)
+            kind = Kind(item.number("kind", Kind.IPI, Kind.UNBOUND))
+            port = Port(kind, item.number("vcpu", self._vcpus - 1))
+            port.remote = self._domid if item.flag("own") else item.number("remote", DOMID_SELF)
+            port.remote_port = item.number("remote_port", 1 << 32)
+            port.virq = item.number("virq", VIRQS - 1)
+            if kind == Kind.PIRQ or number in ports:
+                raise StateError(f"xen events state: port {number} cannot be")
+            if item.flag("backend") and number in own and kind == Kind.INTERDOMAIN:
+                port.backend = BackendPort(self, number, port.remote_port, own[number])
+            elif item.flag("backend"):
+                port.kind, port.remote, port.remote_port = Kind.UNBOUND, BACKEND_DOMID, 0
+            ports[number] = port
+        bound = {number: port.backend for number, port in ports.items() if port.backend is not None}
+        if len(bound) != len(own):
+            raise StateError("xen events state: a ring has no port")
+        following = record.number("next", 1 << 32, 1)
+        for number, port in ports.items():
+            if port.kind == Kind.INTERDOMAIN and port.backend is None:
+                other = ports.get(port.remote_port)
+                if other is None or other.kind != Kind.INTERDOMAIN or port.remote != self._domid:
+                    raise StateError(f"xen events state: port {number} leads nowhere")
+        with self._lock:
+            self._ports, self._virqs, self._next_backend_port = ports, {}, following
+            for number, port in ports.items():
+                self._show(number)
+                if port.kind == Kind.VIRQ:
+                    self._virqs[port.virq, port.vcpu if port.virq in PER_VCPU_VIRQS else 0] = number
+                    if self._path is not None and port.virq == Virq.TIMER:
+                        self._path.timer(port.vcpu, number)
+        for serve in own.values():
+            serve()
+        return bound
 
     # ── inside, with the lock held ──
 

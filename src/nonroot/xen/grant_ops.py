@@ -5,9 +5,11 @@ Grants of other domains cannot be mapped or copied by a guest yet; its own can, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from nonroot._engine import Memory
+from nonroot.hvm.device import StateError
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import (
     DOMID_SELF,
     MAP_HOST,
@@ -22,7 +24,7 @@ from nonroot.xen.backend import GrantError
 from nonroot.xen.call import Call
 from nonroot.xen.grants import BackendGrants, GrantTable
 from nonroot.xen.layout import GET_VERSION, MAP_GRANT, QUERY_SIZE, UNMAP_GRANT
-from nonroot.xen.memory import Physmap
+from nonroot.xen.memory import MAXIMUM_GFN, Physmap
 
 __all__ = ["GrantOps"]
 
@@ -54,6 +56,25 @@ class GrantOps:
     def reset(self) -> None:
         """As at power-on."""
         self._mapped.clear()
+
+    def saved(self) -> dict[str, Any]:
+        """What the guest has mapped."""
+        mapped = [[handle, m.ref, m.gfn, int(m.write)] for handle, m in self._mapped.items()]
+        return {"mapped": mapped, "next": self._next_handle}
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found it; the p2m and the table have been restored. StateError."""
+        mapped = record.rows("mapped", 1 << 32, 1 << 32, MAXIMUM_GFN, 1)
+        if len(mapped) > MAXIMUM_MAPPED:
+            raise StateError("xen grants state: too much is mapped")
+        self._next_handle = record.number("next", 1 << 32)
+        self._mapped.clear()
+        for handle, ref, gfn, write in mapped:
+            try:
+                self._table.acquire(ref, self._domid, bool(write))
+            except GrantError as error:
+                raise StateError(f"xen grants state: {error}") from None
+            self._mapped[handle] = _Mapped(ref, gfn, bool(write))
 
     def __call__(self, call: Call) -> int:
         """The hypercall."""

@@ -62,6 +62,16 @@ class GrantTable:
         self.frames = 1
         self._uses.clear()
 
+    def restore(self, frames: int) -> None:
+        """The pages have been filled from a saved domain: ``frames`` count, and nobody uses an entry any more."""
+        with self._lock:
+            self.frames = frames
+            self._uses.clear()
+            for ref in range(frames * ENTRIES):
+                entry = self._entry(ref)
+                if self._words.load(entry) & (ENTRY_READING | ENTRY_WRITING):
+                    self._words.update(entry, ENTRY_READING | ENTRY_WRITING, 0)
+
     def frame(self, index: int) -> Page | None:
         """A frame of the table, which grows to have it; None beyond the maximum."""
         if not 0 <= index < self.maximum:

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from nonroot._engine import Memory, XenPath
-from nonroot.hvm.device import Clock, Events, IrqLine
+from nonroot.hvm.device import Clock, Events, IrqLine, StateError
 from nonroot.hvm.memory_map import MemoryMap
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import (
     HYPERCALLS,
     MSR_HYPERCALL,
@@ -255,6 +256,70 @@ class XenHost:
         self.shared.reset()
         self._rings()
 
+    # ── saved domains; the vCPU stands ──
+
+    def saved(self) -> tuple[dict[str, Any], bytes]:
+        """Everything that the guest could notice, and the contents of the pages that it shares with us."""
+        ports = {} if self.store is None else {"store": self._store_port.guest_port}
+        if self.console is not None:
+            ports["console"] = self._console_port.guest_port
+        record: dict[str, Any] = {
+            "physmap": self.physmap.saved(),
+            "shared": self.shared.saved(),
+            "channels": self.channels.saved(),
+            "ports": ports,
+            "params": list(self._hvm.params),
+            "upcalls": self.upcalls.saved(),
+            "vcpus": self._vcpu_ops.saved(),
+            "shot": None if self.path is None else self.path.shot(),
+            "grant_frames": self.table.frames,
+            "grants": self._grant_ops.saved(),
+            "limit": self._memory_ops.limit,
+            "console": None if self.console is None else self.console.saved(),
+            "store": None if self.store is None else self.store.saved(),
+        }
+        return record, self.physmap.own_record()
+
+    def restore(self, record: Fields, own: bytes) -> None:
+        """
+        As :meth:`saved` found it, but that backends of devices have to come again. Before the guest goes on.
+
+        StateError: this host is of no use then.
+        """
+        params = record.numbers("params")
+        if len(params) != len(self._hvm.params):
+            raise StateError("xen state: params are not as many as there are")
+        self.channels.reset()
+        self.physmap.restore(record.inner("physmap"), own)
+        self.shared.restore(record.inner("shared"))
+        self.table.restore(record.number("grant_frames", self.table.maximum, 1))
+        self._grant_ops.restore(record.inner("grants"))
+        ports = record.inner("ports")
+        own_ports: dict[int, Callable[[], object]] = {}
+        if self.store is not None:
+            self.store.restore(record.inner("store"))
+            own_ports[ports.number("store", 4096, 1)] = self.store.event
+        if self.console is not None:
+            self.console.restore(record.inner("console"))
+            own_ports[ports.number("console", 4096, 1)] = self.console.event
+        bound = self.channels.restore(record.inner("channels"), own_ports)
+        if self.store is not None:
+            self._store_port = bound[ports.number("store")]
+            self.store.notify = self._store_port.notify
+        if self.console is not None:
+            self._console_port = bound[ports.number("console")]
+            self.console.notify = self._console_port.notify
+        self._hvm.params[:] = params
+        self.upcalls.restore(record.inner("upcalls"), params[Param.CALLBACK_IRQ])
+        self._vcpu_ops.restore(record.inner("vcpus"))
+        shot = record.optional("shot")
+        if shot is not None:
+            if self.path is not None:
+                self.path.set_shot(shot, self._machine.clock.now_ns())
+            else:
+                self._vcpu_ops.timers[0].set_shot(shot)
+        self._memory_ops.limit = record.number("limit", 1 << 40)
+
     # ── for backends; see nonroot.xen.backend.FrontendAccess ──
 
     def bind_interdomain(
@@ -321,9 +386,10 @@ class XenHost:
             self.console.reset()
             self.physmap.place_page(CONSOLE_GFN, self.physmap.own(CONSOLE))
             self.table.grant(0, BACKEND_DOMID, CONSOLE_GFN)
-            port = self._bind(self.console.event)
-            self.console.notify = port.notify
-            params[Param.CONSOLE_PFN], params[Param.CONSOLE_EVTCHN] = CONSOLE_GFN, port.guest_port
+            self._console_port = self._bind(self.console.event)
+            self.console.notify = self._console_port.notify
+            params[Param.CONSOLE_PFN] = CONSOLE_GFN
+            params[Param.CONSOLE_EVTCHN] = self._console_port.guest_port
 
     def _bind(self, on_event: Callable[[], object]) -> BackendPort:
         return self.channels.bind_backend(self.channels.alloc_unbound(BACKEND_DOMID), on_event)

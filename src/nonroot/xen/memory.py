@@ -9,10 +9,13 @@ import fcntl
 import mmap
 import os
 from threading import Lock
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
+from nonroot.hvm.device import StateError
+from nonroot.hvm.memory_record import MemoryRecord
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import PAGE_SIZE, Errno, HypercallError
 from nonroot.xen.frame_table import FrameTable, Run
 
@@ -249,6 +252,54 @@ class Physmap:
         self._shown.clear()
         self._aliases.clear()
         self.clear_own()
+
+    # ── saved domains ──
+
+    def own_record(self) -> bytes:
+        """The contents of the own pages."""
+        return MemoryRecord.of("xen", memoryview(self._maps[self.own_backing])).pack()
+
+    def saved(self) -> dict[str, Any]:
+        """What the p2m has become since power-on."""
+        changed = [[gfn, *self._numbers(gfn)] for gfn in sorted(self._original)]
+        return {
+            "changed": changed,
+            "free": self._free,
+            "shown": [list(item) for item in self._shown.items()],
+            "aliases": sorted(self._aliases),
+        }
+
+    def restore(self, record: Fields, own: bytes) -> None:
+        """The p2m and the own pages as :meth:`saved` and :meth:`own_record` found them. StateError."""
+        size = len(self._maps[self.own_backing])
+        contents = MemoryRecord.unpack("xen", size, own)
+        changed = record.rows("changed", MAXIMUM_GFN, 1, self.own_backing, 1 << 52, 1)
+        free = record.numbers("free")
+        shown = record.rows("shown", size - PAGE_SIZE, MAXIMUM_GFN)
+        aliases = record.numbers("aliases", MAXIMUM_GFN)
+        self.reset()
+        contents.apply(memoryview(self._maps[self.own_backing]))
+        try:
+            for gfn, mapped, backing, offset, writable in changed:
+                if _fixed(gfn) or (mapped and backing not in (RAM, self.own_backing)):
+                    raise ValueError(f"frame {gfn:#x} cannot be changed")
+                self._remember(gfn)
+                if mapped:
+                    self._map(gfn, backing, offset, bool(writable))
+                elif self.memory.lookup(gfn) is not None:
+                    self._unmap(gfn)
+        except (ValueError, OverflowError) as error:
+            raise StateError(f"xen memory state: {error}") from None
+        top = os.fstat(self._files[RAM]).st_size
+        if any(offset % PAGE_SIZE or offset >= top for offset in free) or len(set(free)) != len(free):
+            raise StateError("xen memory state: the pool has what is no page of RAM")
+        self._free[:] = free
+        self._shown = {row[0]: row[1] for row in shown}
+        self._aliases = set(aliases)
+
+    def _numbers(self, gfn: int) -> tuple[int, int, int, int]:
+        found = self.memory.lookup(gfn)
+        return (0, 0, 0, 0) if found is None else (1, found[0], found[1], int(found[2]))
 
     def _map(self, gfn: int, backing: int, offset: int, writable: bool = True) -> None:
         with self._changing:

@@ -6,11 +6,13 @@ turns the one into the other is written once.
 Source: Xen's public/xen.h and vcpu.h; xen/arch/x86/time.c for the protocol of the versions.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from nonroot._engine import XenPath
+from nonroot.hvm.device import StateError
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import PAGE_SIZE, Errno, HypercallError, tsc_scale
-from nonroot.xen.layout import ABI64, LEGACY_VCPUS, TIME, TIME_RECORD, TIME_STABLE, VCPU_INFO_SIZE, Abi
+from nonroot.xen.layout import ABI32, ABI64, LEGACY_VCPUS, TIME, TIME_RECORD, TIME_STABLE, VCPU_INFO_SIZE, Abi
 from nonroot.xen.memory import SHARED_INFO, Physmap, Place, Words
 
 __all__ = ["SharedInfo"]
@@ -64,13 +66,44 @@ class SharedInfo:
             if info is not None:
                 self._words.store_bytes(info.plus(TIME), self.time_record())
         seconds, nanoseconds = divmod(self._wall_ns, SECOND)
-        clock = self._page.plus(self.abi.wall_clock)
+        clock, high = self._page.plus(self.abi.wall_clock), self._page.plus(self.abi.wall_clock_high)
+        before = (self._words.load(clock.plus(4)), self._words.load(clock.plus(8)), self._words.load(high))
+        if before == (seconds & 0xFFFF_FFFF, nanoseconds, seconds >> 32):
+            return
         version = self._words.load(clock) & ~1
         self._words.store(clock, version + 1 & 0xFFFF_FFFF)
         self._words.store(clock.plus(4), seconds & 0xFFFF_FFFF)
         self._words.store(clock.plus(8), nanoseconds)
-        self._words.store(self._page.plus(self.abi.wall_clock_high), seconds >> 32)
+        self._words.store(high, seconds >> 32)
         self._words.store(clock, version + 2 & 0xFFFF_FFFF)
+
+    def saved(self) -> dict[str, Any]:
+        """Where everything is."""
+        return {
+            "long": self.abi.long,
+            "infos": [[v, *info] for v, info in enumerate(self._infos) if info is not None],
+            "registered": sorted(self._registered),
+        }
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found it; clock and wall clock are written anew. StateError."""
+        long, last = record.flag("long"), self._vcpus - 1
+        infos = record.rows("infos", last, self._physmap.own_backing, 1 << 52)
+        registered = set(record.numbers("registered", last))
+        places: list[Place | None] = [None] * self._vcpus
+        for vcpu, backing, offset in infos:
+            place = Place(backing, offset)
+            try:
+                if offset % PAGE_SIZE > PAGE_SIZE - VCPU_INFO_SIZE:
+                    raise ValueError("it crosses pages")
+                self._words.load_bytes(place, VCPU_INFO_SIZE)
+            except (ValueError, OverflowError):
+                raise StateError(f"xen shared state: infos of vCPU {vcpu} is no place") from None
+            places[vcpu] = place
+        self.abi = ABI64 if long else ABI32
+        self._infos, self._registered = places, registered
+        self._show()
+        self.refresh()
 
     def time_record(self) -> bytes:
         """How the guest turns its TSC into nanoseconds since its start."""

@@ -5,8 +5,9 @@ error (32 bits each). Source: Xen's public/io/xs_wire.h, docs/misc/xenstore-ring
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+from nonroot.saved.fields import Fields
 from nonroot.xen.memory import Page, Words
 from nonroot.xen.ring import ByteRing
 
@@ -49,6 +50,14 @@ class StoreRing:
     def reset(self) -> None:
         """The guest starts again."""
         self._waiting.clear()
+
+    def saved(self) -> dict[str, Any]:
+        """What is not in the ring."""
+        return {"waiting": self._waiting.hex()}
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found it. StateError."""
+        self._waiting[:] = record.data("waiting", 2 * MAXIMUM_WAITING)
 
     def event(self) -> None:
         """The guest has made a request, or read a reply."""

@@ -7,10 +7,11 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from nonroot._engine import XenPath
 from nonroot.hvm.device import Clock, IrqLine
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import CallbackType
 
 __all__ = ["UpcallVcpu", "Upcalls"]
@@ -83,6 +84,29 @@ class Upcalls:
     def set_callback(self, value: int) -> None:
         """CALLBACK_IRQ; a value that means nothing switches the callback off, as in Xen."""
         self._release()
+        self._choose(value)
+        self.tell(0)
+
+    def saved(self) -> dict[str, Any]:
+        """How the vCPUs are told; the callback is a parameter of the domain."""
+        return {
+            "vectors": [list(item) for item in self._vectors.items()],
+            "asserted": self._asserted,
+            "look_at": self._look_at,
+        }
+
+    def restore(self, record: Fields, callback: int) -> None:
+        """As :meth:`saved` found it: lines are as their devices' records say. StateError."""
+        vectors = record.rows("vectors", len(self._vcpus) - 1, 0xFF)
+        asserted, self._look_at = record.flag("asserted"), record.number("look_at")
+        self._choose(callback)
+        self._asserted = asserted and self._line is not None
+        self._vectors = {vcpu: vector for vcpu, vector in vectors if vector >= LOWEST_VECTOR}
+        if self._path is not None:
+            for vcpu, vector in self._vectors.items():
+                self._path.vector(vcpu, vector)
+
+    def _choose(self, value: int) -> None:
         self._callback_vector, self._line = 0, None
         kind = value >> 56
         if kind == CallbackType.VECTOR:
@@ -92,7 +116,6 @@ class Upcalls:
             self._line = self._find(("gsi", value & 0xFFFF_FFFF, 0))
         elif kind == CallbackType.PCI_INTX:
             self._line = self._find(("intx", value >> 11 & 31, value & 3))
-        self.tell(0)
 
     def tell(self, vcpu: int) -> None:
         """The vCPU's upcall_pending may have been set. Any thread."""

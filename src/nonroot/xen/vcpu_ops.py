@@ -5,12 +5,14 @@ Times are nanoseconds of machine time, which is Xen's system time here.
 
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+from nonroot.hvm.device import StateError
+from nonroot.saved.fields import Fields
 from nonroot.xen.abi import Errno, HypercallError, VcpuOp, Virq
 from nonroot.xen.call import Call
 from nonroot.xen.events import EventChannels
-from nonroot.xen.layout import TIME_RECORD, VCPU_INFO_REGISTRATION, Abi
+from nonroot.xen.layout import ABI32, ABI64, TIME_RECORD, VCPU_INFO_REGISTRATION, Abi
 from nonroot.xen.memory import Physmap
 from nonroot.xen.shared import SharedInfo
 
@@ -76,6 +78,16 @@ class Timers:
             self._fire()
             self._rearm()
 
+    def saved(self) -> dict[str, Any]:
+        """What is set."""
+        return {"shot": self._shot, "tick": self._tick, "period": self._period}
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found it. StateError."""
+        shot, tick, period = record.optional("shot"), record.optional("tick"), record.number("period", FAR)
+        self._shot, self._tick, self._period = shot, tick if period >= SHORTEST_PERIOD else None, period
+        self._rearm()
+
 
 class _Runstate:
     """How long a vCPU ran and was blocked, and where the guest wants to read it."""
@@ -95,6 +107,27 @@ class _Runstate:
         times = list(self.times)
         times[self.state] += max(now - self.since, 0)
         return abi.runstate.pack(self.state, self.since, *times)
+
+    def saved(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "since": self.since,
+            "times": [self.times],
+            "pieces": [list(piece) for piece in self.pieces],
+            "long": self.abi is None or self.abi.long,
+            "shown": self.abi is not None,
+        }
+
+    def restore(self, record: Fields) -> None:
+        state, since = record.number("state", 3), record.number("since")
+        rows = record.rows("times", *[(1 << 63) - 1] * 4)
+        if len(rows) != 1:
+            raise StateError("xen run state: times are not there once")
+        pieces = record.rows("pieces", 1 << 52, 4096)
+        long, shown = record.flag("long"), record.flag("shown")
+        self.state, self.since, self.times = state, since, list(rows[0])
+        self.pieces = [(gpa, size) for gpa, size in pieces]
+        self.abi = (ABI64 if long else ABI32) if shown else None
 
 
 class VcpuOps:
@@ -131,6 +164,23 @@ class VcpuOps:
             runstate.pieces, runstate.abi = [], None
 
     # ── for the machine ──
+
+    def saved(self) -> dict[str, Any]:
+        """Timers and run states."""
+        return {
+            "timers": [timers.saved() for timers in self.timers],
+            "runstates": [runstate.saved() for runstate in self._runstates],
+        }
+
+    def restore(self, record: Fields) -> None:
+        """As :meth:`saved` found them. StateError."""
+        timers, runstates = record.records("timers"), record.records("runstates")
+        if len(timers) != len(self.timers) or len(runstates) != len(self._runstates):
+            raise StateError("xen vCPU state: it is of another number of vCPUs")
+        for ours, saved in zip(self.timers, timers, strict=True):
+            ours.restore(saved)
+        for runstate, saved in zip(self._runstates, runstates, strict=True):
+            runstate.restore(saved)
 
     def deadline(self) -> int | None:
         """When a timer is due next."""

@@ -1,0 +1,1 @@
+"""Saved domains: the file that holds one, and what is put into it."""
