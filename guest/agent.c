@@ -34,7 +34,7 @@ enum {
     SYS_read = 0, SYS_write = 1, SYS_close = 3, SYS_poll = 7, SYS_rt_sigprocmask = 14, SYS_ioctl = 16, SYS_dup2 = 33,
     SYS_getpid = 39, SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_wait4 = 61, SYS_kill = 62, SYS_uname = 63, SYS_fcntl = 72,
     SYS_chdir = 80, SYS_fchmod = 91, SYS_setsid = 112, SYS_prctl = 157, SYS_sync = 162, SYS_mount = 165,
-    SYS_umount2 = 166, SYS_reboot = 169, SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
+    SYS_umount2 = 166, SYS_settimeofday = 164, SYS_reboot = 169, SYS_sethostname = 170, SYS_ioperm = 173, SYS_getdents64 = 217, SYS_exit_group = 231, SYS_openat = 257,
     SYS_mkdirat = 258, SYS_unlinkat = 263, SYS_symlinkat = 266, SYS_readlinkat = 267, SYS_fchmodat = 268,
     SYS_utimensat = 280, SYS_signalfd4 = 289, SYS_pipe2 = 293, SYS_statx = 332
 };
@@ -50,7 +50,7 @@ __asm__(".globl _start\n_start:\n\txor %ebp,%ebp\n\tand $-16,%rsp\n\tcall agent_
 #else
 enum {
     SYS_fork = 2, SYS_read = 3, SYS_write = 4, SYS_close = 6, SYS_execve = 11, SYS_chdir = 12, SYS_getpid = 20, SYS_mount = 21,
-    SYS_sync = 36, SYS_kill = 37, SYS_umount2 = 52, SYS_ioctl = 54, SYS_dup2 = 63, SYS_setsid = 66, SYS_sethostname = 74, SYS_reboot = 88,
+    SYS_sync = 36, SYS_kill = 37, SYS_umount2 = 52, SYS_ioctl = 54, SYS_dup2 = 63, SYS_setsid = 66, SYS_sethostname = 74, SYS_settimeofday = 79, SYS_reboot = 88,
     SYS_fchmod = 94, SYS_ioperm = 101, SYS_wait4 = 114, SYS_uname = 122, SYS_poll = 168, SYS_prctl = 172,
     SYS_rt_sigprocmask = 175, SYS_getdents64 = 220, SYS_fcntl = 221, SYS_exit_group = 252, SYS_openat = 295,
     SYS_mkdirat = 296, SYS_unlinkat = 301, SYS_symlinkat = 304, SYS_readlinkat = 305, SYS_fchmodat = 306, SYS_utimensat = 320,
@@ -170,7 +170,8 @@ enum { BY_PORTS, BY_SERIAL, BY_STDIO };
 
 enum { /* host to guest */
     START = 0x01, STDIN = 0x02, STDIN_EOF = 0x03, SIGNAL = 0x04, WINDOW_SIZE = 0x05, CREDIT = 0x06, COPY_IN = 0x07,
-    ENTRY = 0x08, DATA = 0x09, COPY_IN_END = 0x0a, COPY_OUT = 0x0b, POWER_OFF = 0x0c, PING = 0x0d, CANCEL = 0x0e
+    ENTRY = 0x08, DATA = 0x09, COPY_IN_END = 0x0a, COPY_OUT = 0x0b, POWER_OFF = 0x0c, PING = 0x0d, CANCEL = 0x0e,
+    FRESHEN = 0x0f
 };
 enum { /* guest to host */
     HELLO = 0x81, STDOUT = 0x82, STDERR = 0x83, STARTED = 0x84, EXIT = 0x85, STDIN_CREDIT = 0x86, OUT_ENTRY = 0x87,
@@ -1033,6 +1034,35 @@ static void copy_out(u8 *p, u32 n)
     send_result(error, error ? out_path : "");
 }
 
+/* ---- after the guest was saved ---------------------------------------------------------------------------------------------- */
+
+/* We go on from a saved state, perhaps with others beside us: u64 seconds and u32 microseconds since 1970, entropy. */
+static void freshen(u8 *p, u32 n)
+{
+#ifdef TEST_STDIO
+    (void)p; /* the clock would be the host's */
+    (void)n;
+#else
+    struct { long seconds, micros; } now;
+    struct { int bits, size; u8 data[64]; } seed = { 512, 64, { 0 } };
+    long fd;
+    if (n < 12 + sizeof seed.data)
+        return;
+    now.seconds = (long)get32(p);
+    if (sizeof now.seconds == 8)
+        now.seconds |= (long)((u64)get32(p + 4) << 32);
+    now.micros = (long)get32(p + 8);
+    call2(SYS_settimeofday, &now, 0);
+    memcpy(seed.data, p + 12, sizeof seed.data);
+    fd = call4(SYS_openat, AT_FDCWD, "/dev/urandom", O_RDWR | O_CLOEXEC, 0);
+    if (fd < 0)
+        return;
+    call3(SYS_ioctl, fd, 0x40085203 /* RNDADDENTROPY */, &seed);
+    call3(SYS_ioctl, fd, 0x5207 /* RNDRESEEDCRNG */, 0);
+    call1(SYS_close, fd);
+#endif
+}
+
 /* ---- frames from the host ------------------------------------------------------------------------------------------------------------ */
 
 static void dispatch(u8 type, u8 *p, u32 n)
@@ -1083,6 +1113,9 @@ static void dispatch(u8 type, u8 *p, u32 n)
         break;
     case PING:
         send(PONG, p, n);
+        break;
+    case FRESHEN:
+        freshen(p, n);
         break;
     case POWER_OFF:
         shut_down(POWER_DOWN);

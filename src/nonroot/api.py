@@ -223,11 +223,14 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         options = self._options
         options.memory = parse_size(self._memory_size, "memory size")
         options.check()
-        if self._firmware is not None:
+        if options.saved is not None:
+            pass
+        elif self._firmware is not None:
             find_firmware(options, self._firmware, self._fetch_progress, self._fetch)
         else:
             self.note = find_guest(options, self._flavour, self._fetch_progress, self._fetch)
-        choose_xen(options)
+        if options.saved is None:
+            choose_xen(options)
         self._started = True
         client = self._client
         client.on_event = self._event
@@ -246,6 +249,43 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self.destroy()
             raise
         return self
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        engine: str = "auto",
+        off: Iterable[str] = (),
+        name: str | None = None,
+        timeout: float = 120.0,
+        console: bool = True,
+        progress: Callable[[str], None] | None = None,
+    ) -> Self:
+        """
+        A domain that goes on where :meth:`save` left one. :meth:`start` it, or use it as a context manager.
+
+        Its time goes on from then; its clock is set, and its randomness made its own, if it has our agent. Several
+        domains can be restored from one file. The parameters are those of the constructor; all others are the saved
+        domain's. :raises BadFileError, UnsupportedError: at :meth:`start`, for a file that cannot be restored here.
+        """
+        domain = cls(engine=engine, off=off, name=name, timeout=timeout, console=console, progress=progress)
+        domain._options.saved = _absolute(path)
+        return domain
+
+    def save(self, path: str | os.PathLike[str], *, packed: bool = True, stay: bool = False) -> None:
+        """
+        Save the domain to a file, from which :meth:`restore` goes on. It stands still meanwhile, and goes on itself
+        unless it was paused, or ``stay`` is set: then it stays paused.
+
+        :param packed: compress; without, the file is larger, and read in milliseconds.
+        :raises BadFileError, TransientError: the file cannot be written, or a command is under way; the domain, and a
+            file that was there before, are as they were.
+        :raises UnsupportedError: the domain has drives, network cards or shared folders.
+        """
+        self._need()
+        target = _absolute(path)
+        self._client.request("save", 600, path=target, packed=packed, stay=stay)
 
     def __enter__(self) -> Self:
         return self.start()

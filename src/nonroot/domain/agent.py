@@ -97,6 +97,7 @@ class AgentSession:
 
     def __init__(self, guest: Guest, eager: bool = False) -> None:
         self.hello: Hello | None = None
+        self._greeting = b""
         self.gone: NonrootError | None = None
         self.said_goodbye = False
         self._guest = guest
@@ -109,6 +110,26 @@ class AgentSession:
         self._shell_asked = False
         self._shell: bytes | None = None
         self._shell_client: Client | None = None
+
+    # ── saved domains ──
+
+    @property
+    def idle(self) -> bool:
+        """Whether the agent has greeted, and nothing is under way."""
+        return self.hello is not None and self.gone is None and self._current is None and not self._queue
+
+    @property
+    def greeting(self) -> bytes:
+        """The payload of the agent's greeting."""
+        return self._greeting
+
+    def resume(self, greeting: bytes) -> None:
+        """The guest's agent has greeted before it was saved. FrameError."""
+        self.frame(FromGuest.HELLO, greeting)
+
+    def freshen(self, utc_ns: int, entropy: bytes) -> None:
+        """Tell a guest that was saved what time it is, and give it 64 bytes of randomness."""
+        self._guest.send(frames.encode_freshen(utc_ns, entropy))
 
     # ── requests ──
 
@@ -248,6 +269,7 @@ class AgentSession:
             if self.hello is not None:
                 raise FrameError("the agent greets twice")
             self.hello = Hello.parse(payload)
+            self._greeting = payload
             for client, request in self._waiters:
                 client.reply(request, self._hello_record(self.hello))
             self._waiters.clear()

@@ -22,6 +22,7 @@ __all__ = [
     "StartFlag",
     "ToGuest",
     "encode",
+    "encode_freshen",
     "encode_start",
 ]
 
@@ -57,6 +58,7 @@ class ToGuest(IntEnum):
     POWER_OFF = 0x0C
     PING = 0x0D
     CANCEL = 0x0E
+    FRESHEN = 0x0F
 
 
 class FromGuest(IntEnum):
@@ -179,6 +181,12 @@ def encode(kind: ToGuest | FromGuest, payload: bytes = b"") -> bytes:
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"a frame of {len(payload)} bytes; {MAX_PAYLOAD} are the most")
     return _HEADER.pack(kind, len(payload)) + payload
+
+
+def encode_freshen(utc_ns: int, entropy: bytes) -> bytes:
+    """The frame for a guest that was saved and goes on: what time it is, and randomness that nobody else has."""
+    seconds, rest = divmod(utc_ns, 1_000_000_000)
+    return encode(ToGuest.FRESHEN, struct.pack("<QI", seconds, rest // 1000) + entropy)
 
 
 def encode_start(

@@ -111,6 +111,8 @@ class DomainOptions:
     """As XenStore shows it; empty takes one from its number."""
     domid: int = 0
     """Its number as Xen's domain; 0 takes a free one."""
+    saved: str | None = None
+    """The file of a saved domain to go on from; what the machine is made of is in there."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 

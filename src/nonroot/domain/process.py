@@ -23,6 +23,7 @@ from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.requests import DisplayRequests
 from nonroot.domain.runner import Runner, Stop
+from nonroot.domain.save_requests import SaveRequests
 from nonroot.domain.wire import VERSION, Kind, Message
 from nonroot.errors import (
     BadOptionError,
@@ -49,7 +50,7 @@ MAX_CONSOLE_BACKLOG = 1 << 20
 """With more console output than this waiting for a client, the guest waits."""
 
 
-class DomainProcess(DisplayRequests, DeviceRequests):
+class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
     """The server side of the control protocol."""
 
     def __init__(
@@ -208,6 +209,7 @@ class DomainProcess(DisplayRequests, DeviceRequests):
         options.check()
         runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
         self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())
+        options = getattr(runner, "options", options)  # a saved domain's are in its file
         self._options, self._runner = options, runner
         if self._registration is not None:
             self._registration.describe(**self._registration.facts | self._own_facts())
@@ -216,6 +218,7 @@ class DomainProcess(DisplayRequests, DeviceRequests):
             self._open_terminal(runner, runner.xen)
         if options.agent:
             self._session = AgentSession(runner, eager=options.virtual_time)
+            self._resume_session(getattr(runner, "greeting", b""))
         description: dict[str, Any] = runner.describe()
         self._messages.say(f"engine {description.get('engine')}: {description.get('reason')}")
         self._messages.say(f"boot protocol {description.get('protocol')}: {description.get('protocol_reason')}")
@@ -229,6 +232,8 @@ class DomainProcess(DisplayRequests, DeviceRequests):
     def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._began = time.monotonic()
         self._need().start()
+        if self._options is not None and self._options.saved is not None:
+            self._freshen()
         self._messages.say("powered on")
         self._tell_watchers()
         return {}

@@ -33,8 +33,10 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
+from nonroot.domain.saving import Saved, check_can_be_saved, fill, read_saved, write_saved
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
+from nonroot.hvm.device import StateError
 from nonroot.hvm.ram import BoardRam
 from nonroot.xen.config import XenConfig
 from nonroot.xen.platform_pci import XenPlatform
@@ -42,6 +44,7 @@ from nonroot.xen.platform_pci import XenPlatform
 if TYPE_CHECKING:
     from nonroot.domain.guest_devices import GuestDevices
     from nonroot.domain.xen import XenServices
+    from nonroot.hvm.config import Outputs
     from nonroot.hvm.machine import Machine
     from nonroot.xen.host import XenHost
 
@@ -87,11 +90,16 @@ class Runner:
         """Its paravirtual devices, if it is Xen's."""
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
+        saved = None if options.saved is None else read_saved(options.saved, options)
+        self.greeting = b"" if saved is None else saved.greeting
+        """What the agent of a saved domain has said already."""
+        if saved is not None:
+            self._options = options = saved.options
         self.xen, self._xen_reason = xen_services(options)
         """The domain's dealings with XenStore, if it is Xen's."""
         options.xen = self.xen is not None
         try:
-            self._machine = self._build(progress)
+            self._machine = self._build(progress) if saved is None else self._rebuild(saved)
         except BaseException:
             self.close()
             raise
@@ -104,7 +112,7 @@ class Runner:
         self._console = bytearray()
         self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
         self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
-        self._by_serial: bool | None = None
+        self._by_serial: bool | None = None if saved is None else saved.by_serial
         self._state = "created"
         self._paused = False
         self._began = time.monotonic()
@@ -113,7 +121,7 @@ class Runner:
 
     def _build(self, progress: Callable[[str], None]) -> "Machine":
         from nonroot.engines import select
-        from nonroot.hvm.machine import Machine, MachineConfig, Outputs
+        from nonroot.hvm.machine import Machine, MachineConfig
         from nonroot.hvm.memory_map import MemorySizeError
 
         options = self._options
@@ -151,11 +159,11 @@ class Runner:
             engine_off=frozenset(options.off),
             xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
         )
-        outputs = Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
         try:
-            machine = Machine(config, engine, outputs)
+            machine = Machine(config, engine, self._outputs())
         except MemorySizeError as error:
             raise BadOptionError(str(error)) from None
+        self._protocol_reason = "it starts in firmware" if machine.plan is None else machine.plan.reason
         if self.xen is not None and machine.xen is not None:
             self.xen.attach(machine.xen)
             self.guest_devices = self._plug(machine.xen)
@@ -164,6 +172,56 @@ class Runner:
             if platform is not None:
                 platform.unplug = partial(self._unplug, off=platform.unplug)
         return machine
+
+    def _outputs(self) -> "Outputs":
+        from nonroot.hvm.config import Outputs
+
+        return Outputs(self._serial, self._from_agent, lambda: self.mailbox.post("space"))
+
+    def _rebuild(self, saved: Saved) -> "Machine":
+        """The machine of a saved domain."""
+        from nonroot.domain.guest_devices import GuestDevices
+        from nonroot.engines import select
+        from nonroot.hvm.machine import Machine, MachineConfig
+
+        options = self._options
+        check_can_be_saved(options, None)
+        self._command_line = saved.command_line
+        self._protocol_reason = "it was saved"
+        self.drives = Drives(options)
+        config = MachineConfig(
+            memory_bytes=options.memory,
+            resumed=True,
+            protocol=saved.protocol,
+            attach=pc.attachments(options),
+            reboot=False,
+            cmdline=saved.command_line,
+            base_wall_ns=VIRTUAL_BASE_NS if options.virtual_time else time.time_ns() - saved.machine_ns,
+            agent=options.agent and options.agent_ports,
+            scramble_seed=options.scramble_seed,
+            virtual_time=VIRTUAL_TIME if options.virtual_time else None,
+            random_seed=options.seed,
+            engine_off=frozenset(options.off),
+            xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
+        )
+        machine = Machine(config, select.create(self._choice.engine), self._outputs())
+        if (self.xen is None) != (saved.store is None):
+            raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
+        fill(machine, saved)
+        if self.xen is not None and machine.xen is not None and saved.store is not None:
+            self.xen.attach(machine.xen)
+            try:
+                self.xen.resume(saved.store)
+            except StateError as error:
+                raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
+            self.guest_devices = GuestDevices(machine.xen, options.name)
+        return machine
+
+    def save(self, path: str, packed: bool, greeting: bytes) -> dict[str, Any]:
+        """Write the domain to a file; its vCPU stands, and this is its thread."""
+        return write_saved(
+            path, packed, self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen
+        )
 
     def _plug(self, host: "XenHost") -> "GuestDevices":
         """What the domain is born with."""
@@ -211,12 +269,11 @@ class Runner:
 
     def describe(self) -> dict[str, Any]:
         """What was made."""
-        plan = self._machine.plan
         return {
             "engine": self._choice.engine,
             "reason": self._choice.reason,
-            "protocol": "bios" if plan is None else plan.protocol,
-            "protocol_reason": "it starts in firmware" if plan is None else plan.reason,
+            "protocol": self._machine.protocol,
+            "protocol_reason": self._protocol_reason,
             "kernel": self._options.kernel,
             "initrd": self._options.initrd,
             "command_line": self._command_line,
@@ -225,6 +282,11 @@ class Runner:
             "xen": self.xen is not None,
             "xen_reason": self._xen_reason,
         }
+
+    @property
+    def options(self) -> DomainOptions:
+        """What the domain is made of."""
+        return self._options
 
     @property
     def state(self) -> str:

@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from nonroot.errors import TransientError
+from nonroot.hvm.device import StateError
+from nonroot.saved.fields import Fields
 from nonroot.xen.config import LAST_DOMID
 from nonroot.xen.host import STORE_GFN, XenHost
 from nonroot.xenstore.client import Requests, XenStore
@@ -35,6 +37,9 @@ OWN_NODES: Final = (
     *(f"control/feature-{name}" for name in FEATURES),
 )
 """Nodes that the guest may write."""
+HOSTS_NODES: Final = ("name", "domid", "console/tty", "memory/static-max")
+"""Nodes that say what this domain is, whatever it was before."""
+MOST_NODES: Final = 4096
 
 
 class StoreLink:
@@ -64,6 +69,22 @@ class StoreLink:
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(PATIENCE)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the guest waits for nothing."""
+        with self._lock:
+            return self._relay.idle and not self._out
+
+    def saved(self) -> tuple[list[bytes], bytes]:
+        """What the guest watches, and the part of a request that has come."""
+        with self._lock:
+            return self._relay.watches, self._relay.begun
+
+    def resume(self, watches: list[bytes], begun: bytes) -> None:
+        """The guest goes on from a saved one, which watched that. Before it does."""
+        with self._lock:
+            self._relay.resume(watches, begun)
 
     def restart(self) -> None:
         """The guest starts again: nothing of what it asked for before is for it. In the vCPU's thread."""
@@ -151,6 +172,65 @@ class XenServices:
         """Introduce the domain, and connect its ring. Before the guest starts."""
         self._host = host
         self._link = StoreLink(host, self._introduce(), self._introduce_again)
+
+    def saved(self) -> dict[str, Any]:
+        """
+        The domain's nodes and watches, while its vCPU stands.
+
+        TransientError while the guest is in the middle of a request or transaction.
+        """
+        link = self._link
+        if link is None or not link.idle:
+            raise TransientError("the guest is in the middle of a request to XenStore", again=True)
+        nodes: list[list[str]] = []
+        self._collect("", nodes)
+        watches, begun = link.saved()
+        return {
+            "domid": self.domid,
+            "nodes": [field for node in nodes for field in node],
+            "watches": [watch.hex() for watch in watches],
+            "begun": begun.hex(),
+        }
+
+    def resume(self, record: Fields) -> None:
+        """Have the nodes and watches that :meth:`saved` found, under this domain's number. StateError."""
+        old = record.number("domid", LAST_DOMID)
+        fields, watches = record.texts("nodes"), record.texts("watches")
+        if len(fields) % 3:
+            raise StateError("XenStore state: nodes are not complete")
+        before = f"/local/domain/{old}"
+        try:
+            renamed = [self._renamed(bytes.fromhex(watch), before) for watch in watches]
+            values = [bytes.fromhex(value) for value in fields[1::3]]
+            for attempt in self.store.transaction():
+                with attempt as t:
+                    for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
+                        if path in HOSTS_NODES or path.startswith("/"):
+                            continue
+                        node = f"{self.home}/{path}" if path else self.home
+                        if path:
+                            t.write(node, self._renamed(value, before))
+                        t.set_permissions(node, [_for(p, old, self.domid) for p in permissions.split()])
+        except (ValueError, XenStoreError) as error:
+            raise StateError(f"XenStore state: {error}") from None
+        if self._link is not None:
+            self._link.resume(renamed, record.data("begun", 1 << 16))
+
+    def _renamed(self, value: bytes, before: str) -> bytes:
+        """``value`` with this domain's path instead of the other's."""
+        old = before.encode()
+        if value == old or value.startswith((old + b"/", old + b"\0")):
+            return self.home.encode() + value[len(old) :]
+        return value
+
+    def _collect(self, path: str, nodes: list[list[str]]) -> None:
+        node = f"{self.home}/{path}" if path else self.home
+        value = self.store.read_bytes(node) or b""
+        nodes.append([path, value.hex(), " ".join(self.store.get_permissions(node))])
+        if len(nodes) > MOST_NODES:
+            raise TransientError("the domain has too many nodes in XenStore to be saved")
+        for name in self.store.ls(node):
+            self._collect(f"{path}/{name}" if path else name, nodes)
 
     @property
     def attached(self) -> bool:
@@ -293,6 +373,11 @@ class XenServices:
             self.store.rm(path)
         for kind in _names(self.store.ls, "/local/domain/0/backend"):
             self.store.rm(f"/local/domain/0/backend/{kind}/{domid}")
+
+
+def _for(permission: str, old: int, new: int) -> str:
+    """A permission such as ``n7`` for the domain that is ``new`` now."""
+    return f"{permission[:1]}{new}" if permission[1:] == str(old) else permission
 
 
 def _names(ls: Callable[[str], list[str]], path: str) -> list[str]:

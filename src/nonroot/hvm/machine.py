@@ -114,6 +114,8 @@ class Machine:
         if config.xen is not None:
             leaves = [CpuidLeaf(*leaf) for leaf in cpuid_leaves(config.xen.domid, policy.tsc_khz)]
             policy = replace(policy, hypervisor=tuple(leaves))
+        self.policy = policy
+        """The guest's CPU."""
         self._tsc_khz = policy.tsc_khz
         options = EngineOptions(
             virtual_time=config.virtual_time,

@@ -40,6 +40,31 @@ class Relay:
         self._requests: deque[_Request] = deque()
         self._guest = bytearray()
         self._store = bytearray()
+        self._watches: dict[bytes, None] = {}
+        self._transactions: set[int] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way and no transaction is open."""
+        return not self._requests and not self._transactions and not self._store
+
+    @property
+    def watches(self) -> list[bytes]:
+        """What the guest watches: path and token, each with a NUL after it."""
+        return list(self._watches)
+
+    @property
+    def begun(self) -> bytes:
+        """The part of a request that has come."""
+        return bytes(self._guest)
+
+    def resume(self, watches: list[bytes], begun: bytes) -> None:
+        """For a guest that goes on from a saved one: what it watched then. Each watch fires once."""
+        self._guest[:] = begun
+        for payload in watches:
+            message = pack(Kind.WATCH, 0, 0, payload)
+            self._requests.append(_Request(Kind.WATCH, 0, message, silent=True))
+            self._to_store(message)
 
     @property
     def room(self) -> bool:
@@ -78,6 +103,7 @@ class Relay:
                 if not self._requests:
                     continue  # no guest waits for it
                 request = self._requests.popleft()
+                self._note(request, message)
                 if request.silent:
                     continue
                 message = self._put_right(request, message)
@@ -100,6 +126,27 @@ class Relay:
         message = pack(Kind.RESET_WATCHES, 0, 0, b"\0")
         self._requests.append(_Request(Kind.RESET_WATCHES, 0, message, silent=True))
         self._to_store(message)
+
+    def _note(self, request: _Request, answer: bytes) -> None:
+        """Keep account of watches and transactions."""
+        kind, _, _, _ = HEADER.unpack_from(answer)
+        transaction = HEADER.unpack_from(request.message)[2]
+        payload = request.message[HEADER.size :]
+        if request.kind == Kind.TRANSACTION_END:
+            self._transactions.discard(transaction)
+        elif request.kind == Kind.RESET_WATCHES:
+            self._watches.clear()
+            self._transactions.clear()
+        elif kind == Kind.ERROR:
+            return
+        elif request.kind == Kind.WATCH:
+            self._watches[payload] = None
+        elif request.kind == Kind.UNWATCH:
+            self._watches.pop(payload, None)
+        elif request.kind == Kind.TRANSACTION_START:
+            text = answer[HEADER.size :].rstrip(b"\0")
+            if text.isdigit():
+                self._transactions.add(int(text))
 
     @staticmethod
     def _put_right(request: _Request, answer: bytes) -> bytes:

@@ -1,0 +1,190 @@
+"""Saving a domain, and going on from a saved one: what is in the file beside the machine.
+
+The record ``domain`` says what the domain was made of, and holds what lives outside of its machine: its agent's
+greeting, its nodes in XenStore. Everything is checked before it is used; a domain that cannot be made from a file is
+not made at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from nonroot.domain.options import DomainOptions
+from nonroot.engines.policy import CpuPolicy
+from nonroot.errors import BadFileError, BadOptionError, TransientError, UnsupportedError
+from nonroot.hvm.device import StateError
+from nonroot.hvm.saved import ram_file, restore, take
+from nonroot.saved.container import PAGE_SIZE, Reader, Writer, data_extents
+from nonroot.saved.fields import Fields
+
+if TYPE_CHECKING:
+    from nonroot.domain.agent import AgentSession
+    from nonroot.domain.xen import XenServices
+    from nonroot.hvm.machine import Machine
+
+__all__ = ["Saved", "check_can_be_saved", "fill", "read_saved", "write_saved"]
+
+RECORD: Final = "domain"
+RAM: Final = "ram"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a file says of the domain in it."""
+
+    path: Path
+    options: DomainOptions
+    """Such that the same machine comes of them."""
+    protocol: str
+    command_line: str
+    cpu: str
+    """See :func:`cpu_digest`."""
+    machine_ns: int
+    """Machine time at which it was saved."""
+    greeting: bytes
+    """The agent's; empty if it has none."""
+    by_serial: bool | None
+    """Whether the agent uses the serial line; None if it has not said anything."""
+    store: Fields | None
+    """Its nodes and watches in XenStore."""
+
+
+def cpu_digest(policy: CpuPolicy) -> str:
+    """The CPU that a guest sees: domains with the same can go on under each other's engines."""
+    plain = replace(policy, hypervisor=())
+    facts = [sorted(plain.features), plain.vcpus, plain.tsc_khz, plain.brand, plain.model, plain.stepping]
+    facts.append(sorted([index, *values] for index, values in plain.extra_msrs.items()))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def check_can_be_saved(options: DomainOptions, session: "AgentSession | None") -> None:
+    """UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now."""
+    drives = options.disks or options.cdroms or options.floppies
+    if drives or options.networks or options.publish or options.shares:
+        raise UnsupportedError("a domain with drives, network cards or shared folders cannot be saved yet")
+    if options.firmware is not None:
+        raise UnsupportedError("a domain that was started in firmware cannot be saved yet")
+    if session is not None and not session.idle:
+        raise TransientError("the domain is starting, or a command or copy is under way in it: try again afterwards")
+
+
+def write_saved(
+    path: str,
+    packed: bool,
+    machine: "Machine",
+    options: DomainOptions,
+    command_line: str,
+    by_serial: bool | None,
+    greeting: bytes,
+    xen: "XenServices | None",
+) -> dict[str, Any]:
+    """
+    Save a domain whose vCPU stands, in the vCPU's thread.
+
+    BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
+    """
+    facts = {
+        "options": options.to_wire() | {"saved": None},
+        "protocol": machine.protocol,
+        "command_line": command_line,
+        "cpu": cpu_digest(machine.policy),
+        "machine_ns": machine.vcpu.now_ns(),
+        "greeting": greeting.hex(),
+        "by_serial": by_serial,
+        "store": None if xen is None else xen.saved(),
+    }
+    records = take(machine)
+    with Writer(path, packed) as writer:
+        writer.record(RECORD, json.dumps(facts).encode())
+        for name, record in records.items():
+            writer.record(name, record)
+        with _ram(machine) as (fd, contents):
+            writer.memory(RAM, contents, data_extents(fd))
+        return {"bytes": writer.size}
+
+
+def read_saved(path: str, asked: DomainOptions) -> Saved:
+    """
+    What is in a file, as a domain with the options ``asked`` would go on from it. BadFileError, BadOptionError.
+
+    Of ``asked``, those count that the machine does not depend on: the engine, its optimisations, name and number.
+    """
+    with Reader(path) as reader:
+        raw = reader.record(RECORD)
+    try:
+        record = json.loads(raw)
+        fields = Fields(RECORD, record)
+        options = DomainOptions.from_wire(dict(record.get("options", {})))
+        options.check()
+        options = replace(
+            options,
+            engine=asked.engine,
+            off=asked.off,
+            name=asked.name,
+            domid=asked.domid,
+            saved=os.fspath(path),
+        )
+        by_serial = record.get("by_serial")
+        if by_serial not in (None, True, False):
+            raise StateError("domain state: by_serial is no truth value")
+        return Saved(
+            Path(path),
+            options,
+            fields.text("protocol", 20),
+            fields.text("command_line"),
+            fields.text("cpu", 64),
+            fields.number("machine_ns", (1 << 63) - 1),
+            fields.data("greeting", 1 << 16),
+            by_serial,
+            None if record.get("store") is None else fields.inner("store"),
+        )
+    except (StateError, BadOptionError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is no saved domain that could be restored: {error}") from None
+
+
+def fill(machine: "Machine", saved: Saved) -> None:
+    """Have a new machine go on from a file. BadFileError: the machine is of no use then."""
+    if cpu_digest(machine.policy) != saved.cpu:
+        raise UnsupportedError(
+            f"{saved.path} cannot be restored here: its guest was running on a CPU with other features"
+        )
+    with Reader(saved.path) as reader:
+        memory = reader.memories.get(RAM)
+        fd = ram_file(machine)
+        try:
+            if reader.memories.keys() != {RAM} or memory != os.fstat(fd).st_size:
+                raise BadFileError(
+                    f"{saved.path} is no saved domain that could be restored: its memory has no such size"
+                )
+            for run in reader.runs(RAM):
+                _write(fd, run.contents, run.first * PAGE_SIZE)
+            records = {name: reader.record(name) for name in reader.names if name != RECORD}
+            restore(machine, records)
+        except StateError as error:
+            raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
+        except OSError as error:
+            raise TransientError(f"{saved.path} cannot be restored: {(error.strerror or str(error)).lower()}") from None
+        finally:
+            os.close(fd)
+
+
+def _write(fd: int, contents: memoryview, place: int) -> None:
+    while len(contents):
+        done = os.pwrite(fd, contents, place)
+        contents, place = contents[done:], place + done
+
+
+@contextlib.contextmanager
+def _ram(machine: "Machine") -> Iterator[tuple[int, memoryview]]:
+    fd = ram_file(machine)
+    try:
+        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as contents, memoryview(contents) as view:
+            yield fd, view
+    finally:
+        os.close(fd)
