@@ -48,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.guests", "nonroot.backends"),
     ("nonroot.domain", "nonroot.xenstore"),
     ("nonroot.display",),
-    ("nonroot.api", "nonroot.running", "nonroot.toolstack"),
+    ("nonroot.api", "nonroot.connecting", "nonroot.toolstack"),
     ("nonroot.testing", "nonroot.cli"),
 )
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nonroot.api import Domain as Domain
     from nonroot.api import Statistics as Statistics
     from nonroot.api import Stopped as Stopped
+    from nonroot.connecting import RunningDomain as RunningDomain
+    from nonroot.connecting import connect as connect
+    from nonroot.connecting import running as running
     from nonroot.domain.command import Command as Command
     from nonroot.domain.command import Completed as Completed
     from nonroot.domain.expect import Console as Console
@@ -41,13 +44,10 @@ if TYPE_CHECKING:
     from nonroot.errors import UnsupportedError as UnsupportedError
     from nonroot.errors import UsageError as UsageError
     from nonroot.errors import WaitTimeoutError as WaitTimeoutError
-    from nonroot.running import RunningDomain as RunningDomain
-    from nonroot.running import connect as connect
-    from nonroot.running import running as running
 
 _HOMES = {
     "nonroot.api": ("Domain", "Statistics", "Stopped"),
-    "nonroot.running": ("RunningDomain", "connect", "running"),
+    "nonroot.connecting": ("RunningDomain", "connect", "running"),
     "nonroot.domain.command": ("Command", "Completed"),
     "nonroot.domain.expect": ("Console",),
     "nonroot.domain.memory": ("Memory",),

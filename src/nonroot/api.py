@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from nonroot.backends.share import Share
 from nonroot.display.screen import HasScreen
+from nonroot.domain import boot_cache
 from nonroot.domain.client import DomainClient, check_version
 from nonroot.domain.device_commands import HasDevices, drive_text
 from nonroot.domain.expect import Console
@@ -27,6 +28,7 @@ from nonroot.domain.options import DomainOptions, parse_size
 from nonroot.domain.wire import Kind
 from nonroot.domain.xen_choice import choose_xen
 from nonroot.errors import (
+    BadFileError,
     BadOptionError,
     BootTimeoutError,
     DomainLostError,
@@ -115,6 +117,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         shares: Iterable[str] = (),
         name: str | None = None,
         console: bool = True,
+        kept: bool = False,
         fetch: bool = True,
         progress: Callable[[str], None] | None = None,
         fetch_progress: Callable[[str, float], None] | None = None,
@@ -156,6 +159,9 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             mounts them before commands run; others find them as the virtio file systems ``share0``, ``share1`` ….
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
+        :param kept: go on from a boot that was kept, where there is one for just this domain, and keep this boot where
+            there is none (see :attr:`boot`). Domains with devices of this machine, in virtual time or without an agent
+            boot as ever.
         :param fetch: whether guest software may be fetched from the network.
         :param progress: called with the names of the steps of starting.
         :param fetch_progress: called with (what, share done from 0 to 1) while guest software is fetched.
@@ -196,14 +202,18 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             xen=xen,
             networks=_texts(networks, "networks"),
             publish=_texts(publish, "publish"),
-            shares=[str(Share.parse(text)) for text in _texts(shares, "shares")],
+            shares=_shares(shares),
         )
         self._name = name
+        self._kept = kept
+        self._keep_at: Path | None = None
+        self.boot = "fresh"
+        """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved`` if from a file."""
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
         if firmware is None and kernel is None and flavour is None and has_drives:
             firmware = SEABIOS
         self._firmware = None if firmware is None else os.fspath(firmware)
-        self._client = DomainClient()
+        self._client = DomainClient.started_early() or DomainClient()
         self._description: dict[str, Any] = {}
         self._started = False
         self._start_time = 0.0
@@ -237,9 +247,13 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         client.on_console = self.console.feed
         client.on_lost = self._lost
         try:
-            client.spawn()
+            if not client.pid:
+                client.spawn()
             check_version(client.request("hello", 60))
-            self._description = client.request("create", 300, **options.to_wire())
+            if options.saved is not None:
+                self.boot = "saved"
+            if not self._go_on():
+                self._description = client.request("create", 300, **options.to_wire())
             self._register()
             if self._want_console:
                 client.request("attach_console", 60)
@@ -249,6 +263,43 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self.destroy()
             raise
         return self
+
+    def _go_on(self) -> bool:
+        """Whether the domain goes on from a boot that was kept."""
+        if not self._kept or self._options.saved is not None:
+            return False
+        try:
+            path = boot_cache.kept_boot(self._options)
+        except (NonrootError, OSError):
+            return False  # no place for a cache: nothing is kept
+        if path is None:
+            return False
+        if not path.exists():
+            self._keep_at = path
+            return False
+        try:
+            self._description = self._client.request("create", 300, **(self._options.to_wire() | {"saved": str(path)}))
+        except (BadFileError, UnsupportedError) as error:
+            boot_cache.drop(path)
+            self._keep_at = path
+            self.note = f"a boot that was kept cannot be used ({error}): it is booted anew"
+            return False
+        boot_cache.used(path)
+        self.boot = "kept"
+        return True
+
+    def _keep(self) -> None:
+        """The guest is ready for its first command: others need not boot."""
+        path, self._keep_at = self._keep_at, None
+        if path is None:
+            return
+        try:
+            self._client.request("save", 120, path=str(path), packed=False)
+            boot_cache.prune()
+        except UnsupportedError:
+            pass  # then it cannot be had at all, and nothing is missed
+        except (BadFileError, TransientError, TimeoutError) as error:
+            self.note = f"this boot could not be kept for the next time: {error}"
 
     @classmethod
     def restore(
@@ -373,6 +424,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
                 f"the guest was not ready to run commands after {time.monotonic() - self._start_time:.0f} seconds",
                 console="\n".join(lines),
             ) from None
+        self._keep()
         return self._ready
 
     def _register(self) -> None:
@@ -477,6 +529,15 @@ def _texts(values: Iterable[str], what: str) -> list[str]:
     if isinstance(values, str):
         raise BadOptionError(f"{what} is a list of texts, not one text")
     return list(values)
+
+
+def _shares(shares: Iterable[str]) -> list[str]:
+    texts = _texts(shares, "shares")
+    if not texts:
+        return []
+    from nonroot.backends.share import Share
+
+    return [str(Share.parse(text)) for text in texts]
 
 
 def _media(media: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> list[str]:

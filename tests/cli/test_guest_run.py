@@ -41,7 +41,7 @@ def test_json(nonroot: Run) -> None:
 
 
 def test_time_out_during_the_boot(nonroot: Run) -> None:
-    result = nonroot("run", "--timeout", "0.2", "--", "true")
+    result = nonroot("run", "--fresh", "--timeout", "0.2", "--", "true")
     assert result.returncode == 124
     assert result.stderr.startswith(b"nonroot: the guest was not ready")
 

@@ -18,7 +18,7 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.process import DomainProcess
 from nonroot.domain.runner import Stop
-from nonroot.errors import NonrootError
+from nonroot.errors import NonrootError, UnsupportedError
 
 AGENT = os.environ.get("NONROOT_TEST_AGENT", "")
 
@@ -95,6 +95,7 @@ class NativeRunner:
         return len(self._to)
 
     needs_polling = False
+    state = "running"
 
     def release(self, pieces: int) -> None:
         pass
@@ -114,6 +115,9 @@ class NativeRunner:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         answer({})
+
+    def save(self, path: str, packed: bool, greeting: bytes) -> dict[str, Any]:
+        raise UnsupportedError("there is no machine that could be saved")
 
     def unpause(self) -> None:
         assert self._process is not None

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nonroot.engines.protocol import Engine
 from nonroot.hvm.machine import Machine, MachineConfig, Outputs
-from nonroot.hvm.saved import ram_file, restore, take
+from nonroot.hvm.ram import ram_file
+from nonroot.hvm.saved import restore, take
 from nonroot.saved.container import Reader, Writer, data_extents
 
 
@@ -27,7 +28,7 @@ class Recorded:
         with Writer(path, packed) as writer:
             for name, record in take(self.machine).items():
                 writer.record(name, record)
-            fd = ram_file(self.machine)
+            fd = ram_file(self.machine.memory_files)
             with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as contents, memoryview(contents) as view:
                 writer.memory("ram", view, data_extents(fd))
             os.close(fd)
@@ -36,7 +37,7 @@ class Recorded:
         """Another machine that goes on from ``path``."""
         config = replace(self.config, kernel=b"", initrd=None, resumed=True, protocol=self.machine.protocol)
         other = Recorded(config, engine)
-        fd = ram_file(other.machine)
+        fd = ram_file(other.machine.memory_files)
         with Reader(path) as reader:
             for run in reader.runs("ram"):
                 os.pwrite(fd, run.contents, run.first * 4096)

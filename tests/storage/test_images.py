@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nonroot.backends import Drive, open_image
+from nonroot.backends.drive import Drive, open_image
 from nonroot.backends.overlay import OverlayImage
 from nonroot.backends.qemu import DAEMON
 from nonroot.backends.raw import RawImage

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from nonroot.errors import BadOptionError, SoftwareMissingError
-from nonroot.guests import packages
 
 __all__ = ["LIBRARY", "SlirpStack", "load"]
 
@@ -133,6 +132,8 @@ def _from_packages(allow_fetch: bool) -> ctypes.CDLL:
             continue
         except OSError:
             pass
+        from nonroot.guests import packages
+
         folder = packages.package(name, allow_fetch=allow_fetch)
         found = sorted(path for path in Path(folder).rglob(file) if path.is_file())
         if not found:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
-from elftools.elf.elffile import ELFFile
-
 from nonroot.boot.errors import BootError
 
 __all__ = ["ElfImage", "ElfSegment", "Relocation", "is_elf", "parse_elf"]
@@ -80,6 +78,8 @@ def parse_elf(image: bytes, what: str = "the kernel") -> ElfImage:
         raise BootError(f"{what} is not an ELF file")
     _check_header(image, what)
     try:
+        from elftools.elf.elffile import ELFFile
+
         elf = ELFFile(io.BytesIO(image))
         kind, machine = elf["e_type"], elf["e_machine"]
         headers = [(segment, segment.header) for segment in elf.iter_segments()]

@@ -45,7 +45,7 @@ def _print(record: dict[str, Any] | list[dict[str, Any]]) -> None:
 @json_option
 def screenshot(domain: str, file: str | None, text: bool, as_json: bool) -> int:
     """Save what DOMAIN's screen shows in FILE: PNG, or what FILE's name says; - is standard output, in PNG."""
-    from nonroot.running import connect
+    from nonroot.connecting import connect
 
     if text == (file is not None):
         raise BadOptionError("name the FILE for the picture, or ask for --text")
@@ -86,8 +86,8 @@ def screenshot(domain: str, file: str | None, text: bool, as_json: bool) -> int:
 @json_option
 def type_keys(domain: str, text: str, as_json: bool) -> int:
     """Type TEXT on DOMAIN's keyboard; names in <> are keys. It is a US keyboard."""
+    from nonroot.connecting import connect
     from nonroot.display.keys import parse_keys
-    from nonroot.running import connect
 
     chords = parse_keys(text)
     with connect(domain) as running:
@@ -109,7 +109,7 @@ def type_keys(domain: str, text: str, as_json: bool) -> int:
 @json_option
 def vncviewer(domain: str, web: bool, open_it: bool | None, only_address: bool, as_json: bool) -> int:
     """Show DOMAIN's screen in a VNC viewer of this machine, or in a browser. Starts its VNC server if need be."""
-    from nonroot.running import connect
+    from nonroot.connecting import connect
 
     if web and only_address:
         raise BadOptionError("--web and --address exclude each other")

@@ -17,6 +17,9 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "run": ("nonroot.cli.run", "run", "Boot a guest and run a command in it, or use its console."),
     "demo": ("nonroot.cli.demo", "demo", "Boot Linux before your eyes, and run `uname -a` in it."),
+    "save": ("nonroot.cli.saving", "save", "Save a domain to a file, and end it."),
+    "restore": ("nonroot.cli.saving", "restore", "Go on with a saved domain."),
+    "cache": ("nonroot.cli.saving", "cache", "Show or remove the boots that are kept."),
     "create": ("nonroot.cli.xl_create", "create", "Make a domain from a configuration file of xl's."),
     "list": ("nonroot.cli.xl_show", "list_domains", "List the domains."),
     "console": ("nonroot.cli.xl_console", "console", "Use a domain's console."),
@@ -125,6 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors are one sentence on stderr, and status 125."""
     ensure_standard_streams()
     reporter = Reporter()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["run"] and not {"--help", "-h"} & set(given):
+        from nonroot.domain.client import DomainClient
+
+        DomainClient.start_early()
     try:
         status = cli.main(
             args=None if arguments is None else list(arguments), prog_name="nonroot", standalone_mode=False

@@ -15,7 +15,7 @@ __all__ = ["power_button", "reset"]
 @domain_argument
 def power_button(domain: str) -> int:
     """Press DOMAIN's power button. Whether the guest then shuts down is its own decision."""
-    from nonroot.running import connect
+    from nonroot.connecting import connect
 
     with connect(domain) as running:
         running.press_power_button()
@@ -26,7 +26,7 @@ def power_button(domain: str) -> int:
 @domain_argument
 def reset(domain: str) -> int:
     """Reset DOMAIN, unasked: a guest that boots by firmware starts again, any other ends."""
-    from nonroot.running import connect
+    from nonroot.connecting import connect
 
     with connect(domain) as running:
         running.reset()

@@ -161,6 +161,7 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--seed", type=int, metavar="N", default=0, help="Seed of the randomness in virtual time.")
 @click.option("--off", metavar="NAME", multiple=True, help="Switch an optimisation of the engine off (see doctor).")
 @click.option("--stats", is_flag=True, help="Print the engine's counters at the end, on stderr.")
+@click.option("--fresh", is_flag=True, help="Boot, even if a boot of just this guest has been kept (see cache).")
 @click.option("--no-fetch", is_flag=True, help="Do not fetch guest software.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything, CMD's output included.")
 @click.option("-v", "--verbose", count=True, help="Show the guest's console and what is done, on stderr.")
@@ -197,6 +198,7 @@ def run(
     seed: int,
     off: tuple[str, ...],
     stats: bool,
+    fresh: bool,
     no_fetch: bool,
     as_json: bool,
     verbose: int,
@@ -263,6 +265,7 @@ def run(
             "virtual_time": virtual_time,
             "seed": seed,
             "off": off,
+            "kept": bool(command) and not fresh,
             "fetch": not no_fetch,
             "timeout": timeout or BOOT_TIMEOUT,
             "quiet": bool(command) and not verbose,
@@ -323,7 +326,10 @@ class Session:
             self.reporter.line(domain.note)
         if self.options.vnc is not None:
             self._serve_screen(domain, self.options.vnc)
-        self.reporter.progress(f"booting with the {domain.engine} engine: {domain.reason}")
+        if domain.boot == "kept":
+            self.reporter.progress(f"going on from a kept boot with the {domain.engine} engine")
+        else:
+            self.reporter.progress(f"booting with the {domain.engine} engine: {domain.reason}")
         if self.options.command:
             return self._run_command(domain, relay)
         return self._use_console(domain, relay)
@@ -346,7 +352,10 @@ class Session:
 
     def _run_command(self, domain: Domain, relay: SignalRelay) -> int:
         options = self.options
+        note = domain.note
         ready = domain.wait_ready()
+        if domain.note and domain.note != note and not self.reporter.quiet:
+            self.reporter.line(domain.note)
         self.reporter.progress(f"{ready['system']} {ready['release']} is up")
         for source, destination in options.copy_in:
             domain.copy_in(source, destination)
@@ -518,7 +527,7 @@ class Session:
         statistics: Statistics | None = None
         with contextlib.suppress(NonrootError, TimeoutError):
             statistics = domain.stats
-            self.result |= domain.description
+            self.result |= domain.description | {"boot": domain.boot}
             self.result |= {
                 "instructions": statistics.instructions,
                 "machine_seconds": round(statistics.machine_seconds, 6),

@@ -151,7 +151,7 @@ def sysrq(domain: str, letter: str, as_json: bool) -> int:
 
     What that does is the guest's decision (Linux: kernel.sysrq).
     """
-    from nonroot.running import connect
+    from nonroot.connecting import connect
     from nonroot.toolstack.client import Toolstack
 
     if len(letter) != 1 or not letter.isascii() or not letter.isalnum():

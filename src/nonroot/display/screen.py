@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from nonroot.devices.vga_state import MEMORY_SIZE, VgaState
 from nonroot.display.keys import BUTTONS, key_number, parse_keys, strokes
 from nonroot.domain.client import DomainClient
 from nonroot.errors import BadOptionError, InternalError, UnsupportedError, WaitTimeoutError
@@ -16,6 +15,7 @@ from nonroot.errors import BadOptionError, InternalError, UnsupportedError, Wait
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nonroot.devices.vga_state import VgaState
     from nonroot.display.render import Renderer
 
 __all__ = ["Keyboard", "Mouse", "Screen"]
@@ -143,15 +143,17 @@ class Screen:
 
     # ── inside ──
 
-    def _now(self) -> tuple[int, VgaState]:
+    def _now(self) -> "tuple[int, VgaState]":
         return _parse(self._client.request("screen", ANSWER_TIMEOUT))
 
-    def _rows(self, state: VgaState) -> list[str] | None:
+    def _rows(self, state: "VgaState") -> list[str] | None:
         from nonroot.display.text import screen_rows
 
         return screen_rows(state, memoryview(self._open()))
 
     def _open(self) -> mmap.mmap:
+        from nonroot.devices.vga_state import MEMORY_SIZE
+
         with self._lock:
             if self._memory is None:
                 pending = self._client.submit("screen_memory")
@@ -176,7 +178,9 @@ class Screen:
         self._client.request("pointer", ANSWER_TIMEOUT, dx=dx, dy=dy, dz=dz, buttons=buttons)
 
 
-def _parse(reply: dict[str, Any]) -> tuple[int, VgaState]:
+def _parse(reply: dict[str, Any]) -> "tuple[int, VgaState]":
+    from nonroot.devices.vga_state import VgaState
+
     try:
         return int(reply["serial"]), VgaState.unpack(base64.b64decode(reply["record"]))
     except (KeyError, ValueError) as error:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nonroot.domain import host
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
@@ -83,6 +83,24 @@ class DomainClient:
         self._thread: threading.Thread | None = None
 
     # ── start and end ──
+
+    _early: "ClassVar[DomainClient | None]" = None
+
+    @classmethod
+    def start_early(cls) -> None:
+        """Start the process of a domain that is about to be made: it loads its modules while we load ours."""
+        client = cls()
+        try:
+            client.spawn()
+        except NonrootError:
+            return  # whoever makes the domain will see why
+        cls._early = client
+
+    @classmethod
+    def started_early(cls) -> "DomainClient | None":
+        """The client of the process that :meth:`start_early` has started, once."""
+        client, cls._early = cls._early, None
+        return client
 
     def spawn(self) -> None:
         """Start a domain's process. TransientError if the host has no process or memory for it."""

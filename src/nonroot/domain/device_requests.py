@@ -23,7 +23,6 @@ UnsupportedError. Devices that are emulated (IDE) are not in these lists.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nonroot.domain.networks import Network
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ class DeviceRequests:
             raise BadOptionError("published ports are a list of texts")
         if index is not None and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 1 << 16):
             raise BadOptionError(f"there is no network card {index!r}")
+        from nonroot.domain.networks import Network
+
         network = Network.parse(text if mac is None else f"{text},mac={mac}", publish)
         return self._of_devices(
             connection, request, lambda all_: all_.add_network(network, index), "a network card was added"

@@ -9,11 +9,13 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from nonroot.devices.display import Console
-from nonroot.devices.vga_state import SHADOW, SHADOW_SIZE, VgaState, picture
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
+
+if TYPE_CHECKING:
+    from nonroot.devices.display import Console
+    from nonroot.devices.vga_state import VgaState
 
 __all__ = ["DisplayService", "Seat"]
 
@@ -36,7 +38,7 @@ class Client(Protocol):
 class Seat:
     """A machine's console as the vCPU's thread sees it."""
 
-    devices: Console
+    devices: "Console"
     memory_fd: int
     """A read-only descriptor of the adapter's memory."""
     progress: Callable[[], int]
@@ -74,7 +76,7 @@ class Look:
 
     serial: int
     """Grows when the picture may have changed."""
-    state: VgaState
+    state: "VgaState"
     idle: bool
     """The guest has not run since the last look."""
 
@@ -83,8 +85,10 @@ class Look:
         return {"serial": self.serial, "record": base64.b64encode(self.state.pack()).decode()}
 
 
-def _is_shown(state: VgaState, damage: list[tuple[int, int]]) -> bool:
+def _is_shown(state: "VgaState", damage: list[tuple[int, int]]) -> bool:
     """Whether some of ``damage`` is on the screen."""
+    from nonroot.devices.vga_state import SHADOW, SHADOW_SIZE, picture
+
     shown = picture(state)
     if shown.is_text and state.shadow:
         low, high = SHADOW, SHADOW + SHADOW_SIZE

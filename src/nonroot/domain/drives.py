@@ -11,20 +11,19 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from nonroot.backends import BlockService, Drive, Image, open_image
-from nonroot.backends.handover import describe_image, image_from
-from nonroot.backends.raw import RawImage
-from nonroot.backends.service import LATENCY_NS
+from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.image import Image
 from nonroot.backends.vdev import disk_index, disk_name
-from nonroot.devices.block import BlockPort
-from nonroot.devices.ide_unit import CdRom, Disk
-from nonroot.devices.storage import Storage, attach_storage
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadOptionError, UnsupportedError
-from nonroot.hvm.pc import Board
-from nonroot.xen.platform_pci import UNPLUG_AUXILIARY, UNPLUG_DISKS, XenPlatform
+
+if TYPE_CHECKING:  # a domain without drives, and the command line, do without the devices
+    from nonroot.backends.service import BlockService
+    from nonroot.devices.block import BlockPort
+    from nonroot.devices.storage import Storage
+    from nonroot.hvm.pc import Board
 
 __all__ = [
     "EMPTY",
@@ -60,7 +59,7 @@ class DiskPlan:
     """What one disk of the options is to be."""
 
     image: str
-    """With its options, as :class:`nonroot.backends.Drive` parses them."""
+    """With its options, as :class:`nonroot.backends.drive.Drive` parses them."""
     name: str | None
     """Among Xen's (``xvda``); None: it is none of them."""
     emulated: bool
@@ -186,7 +185,7 @@ class Drives:
 
     def __init__(self, options: DomainOptions) -> None:
         """BadFileError, BadOptionError or UnsupportedError for the first image that cannot be used."""
-        self._latency = LATENCY_NS if options.virtual_time else None
+        self._virtual_time = options.virtual_time
         self._firmware = options.firmware is not None
         self._open: list[Image] = []
         self._services: list[BlockService] = []
@@ -229,8 +228,12 @@ class Drives:
             raise BadOptionError(f"the {drive.what} {drive.path} has {image.size} bytes, more than a floppy of 2.88 MB")
         return image
 
-    def attach(self, board: Board) -> None:
+    def attach(self, board: "Board") -> None:
         """Put the drives onto the board. In the thread that makes the machine."""
+        from nonroot.devices.ide_unit import CdRom, Disk
+        from nonroot.devices.storage import attach_storage
+        from nonroot.xen.platform_pci import XenPlatform
+
         self._board = board
         drives: list[Disk | CdRom | None] = []
         for number, place in enumerate(self._places):
@@ -260,6 +263,8 @@ class Drives:
 
         Files are shared by descriptors, so that the lock is one; other images by one object.
         """
+        from nonroot.backends.handover import describe_image, image_from
+
         found = {}
         for name, image, drive in self._twins.values():
             described = describe_image(image)
@@ -272,6 +277,9 @@ class Drives:
 
     def _unplug(self, mask: int) -> None:
         """The guest has given up what ``mask`` says, or a reset has given all back. In the vCPU's thread."""
+        from nonroot.backends.raw import RawImage
+        from nonroot.xen.platform_pci import UNPLUG_AUXILIARY, UNPLUG_DISKS
+
         storage = self.storage
         assert storage is not None
         off = set()
@@ -287,10 +295,12 @@ class Drives:
                 storage.ide.plug(place)
         self.on_twins(off)
 
-    def _service(self, image: Image) -> BlockService:
+    def _service(self, image: Image) -> "BlockService":
+        from nonroot.backends.service import LATENCY_NS, BlockService
+
         board = self._board
         assert board is not None
-        service = BlockService(image, board.post, board.clock, self._latency)
+        service = BlockService(image, board.post, board.clock, LATENCY_NS if self._virtual_time else None)
         self._services.append(service)
         return service
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import zstandard
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
 
 from nonroot.boot.cpio import Cpio
 from nonroot.domain.networks import Network
@@ -259,6 +257,9 @@ _ENDINGS: Final[tuple[tuple[str, Callable[[io.BytesIO], bytes]], ...]] = (
 def _read(folder: Path, path: str) -> Module | None:
     """None if there is no such file, or it is no module."""
     plain = path.partition(".ko")[0] + ".ko"
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     for ending, unpack in _ENDINGS:
         file = folder / (plain + ending)
         if not file.is_file():

@@ -4,11 +4,12 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from nonroot.backends.slirp import Forward, UserNetwork
-from nonroot.backends.vif import check_mac
 from nonroot.errors import BadOptionError, UnsupportedError
+
+if TYPE_CHECKING:  # most domains have no cards
+    from nonroot.backends.slirp import Forward, UserNetwork
 
 __all__ = ["USER", "Network", "parse_networks"]
 
@@ -26,7 +27,7 @@ class Network:
     name: str
     mac: str | None = None
     """Of the card; None takes one from Xen's range."""
-    publish: tuple[Forward, ...] = ()
+    publish: "tuple[Forward, ...]" = ()
     """Ports of this machine that lead into the guest."""
     ip: str | None = None
     """The guest's address on a private network, with the network's bits; for guest software of ours."""
@@ -58,7 +59,7 @@ class Network:
                 f"there is no network {name!r}: it would need root; use 'user', or any name for a network that only "
                 "domains are on"
             )
-        network = cls(name, publish=tuple(Forward.parse(one) for one in publish))
+        network = cls(name, publish=_forwards(publish))
         for word in words:
             network = network._with(word)
         if network.is_user and network.ip:
@@ -72,6 +73,8 @@ class Network:
     def _with(self, word: str) -> "Network":
         key, equals, value = word.partition("=")
         if key == "mac" and equals:
+            from nonroot.backends.vif import check_mac
+
             return replace(self, mac=check_mac(value))
         if key == "ip" and equals:
             try:
@@ -89,8 +92,10 @@ class Network:
             f"{word[:60]!r} is no option of a network: use mac=MAC, ip=ADDRESS/BITS, isolated or loopback"
         )
 
-    def user_network(self, hostname: str = "") -> UserNetwork:
+    def user_network(self, hostname: str = "") -> "UserNetwork":
         """What the card's other end serves."""
+        from nonroot.backends.slirp import UserNetwork
+
         return UserNetwork(
             publish=self.publish, host_loopback=self.loopback, outside=not self.isolated, hostname=hostname
         )
@@ -107,7 +112,7 @@ def parse_networks(texts: Iterable[str], publish: Iterable[str] = ()) -> list[Ne
     ['lab', 'user']
     """
     networks = [Network.parse(text) for text in texts]
-    ports = tuple(Forward.parse(text) for text in publish)
+    ports = _forwards(publish)
     outer = [(port.host, port.host_port, port.udp) for port in ports]
     twice = next((port for port in ports if outer.count((port.host, port.host_port, port.udp)) > 1), None)
     if twice is not None:
@@ -119,3 +124,11 @@ def parse_networks(texts: Iterable[str], publish: Iterable[str] = ()) -> list[Ne
         else:
             networks[at] = replace(networks[at], publish=ports)
     return networks
+
+
+def _forwards(texts: Iterable[str]) -> "tuple[Forward, ...]":
+    if not texts:
+        return ()
+    from nonroot.backends.slirp import Forward
+
+    return tuple(Forward.parse(text) for text in texts)

@@ -86,7 +86,7 @@ class DomainOptions:
     serial_firmware: bool = False
     """Have the firmware show its text on the first serial port too."""
     disks: list[str] = field(default_factory=list)
-    """Disk images with their options, as :class:`nonroot.backends.Drive` parses them."""
+    """Disk images with their options, as :class:`nonroot.backends.drive.Drive` parses them."""
     cdroms: list[str] = field(default_factory=list)
     """CD images; ``none`` is an empty drive."""
     floppies: list[str] = field(default_factory=list)

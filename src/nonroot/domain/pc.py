@@ -1,11 +1,16 @@
 """The PC that a domain's options describe: its firmware, and what is plugged into its board."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nonroot.domain.options import DomainOptions
 from nonroot.errors import BadFileError
-from nonroot.hvm.firmware import Firmware
-from nonroot.hvm.pc import Attach
+
+if TYPE_CHECKING:
+    from nonroot.hvm.firmware import Firmware
+    from nonroot.hvm.pc import Attach
 
 __all__ = ["attachments", "firmware"]
 
@@ -17,6 +22,8 @@ def firmware(options: DomainOptions) -> Firmware | None:
     """What the machine starts in; None for a kernel. BadFileError if a file cannot be read."""
     if options.firmware is None:
         return None
+    from nonroot.hvm.firmware import Firmware
+
     roms = {} if options.vga_bios is None else {VGA_ROM: _read(options.vga_bios, "VGA BIOS")}
     return Firmware(
         _read(options.firmware, "firmware"),

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonroot.boot.cpio import append
-from nonroot.devices.display import Console as Seated
-from nonroot.devices.ps2 import Ps2Controller
-from nonroot.devices.vga import Vga
 from nonroot.domain import host, pc
 from nonroot.domain.display import Seat
 from nonroot.domain.drives import Drives, paravirtual_disks, plan_disks
@@ -253,6 +250,12 @@ class Runner:
         off(mask)
 
     def _find_seat(self) -> Seat | None:
+        if not self._options.has_display:
+            return None
+        from nonroot.devices.display import Console as Seated
+        from nonroot.devices.ps2 import Ps2Controller
+        from nonroot.devices.vga import Vga
+
         machine = self._machine
         devices = machine.board.devices
         vga = next((device for device in devices if isinstance(device, Vga)), None)

@@ -19,7 +19,8 @@ from nonroot.domain.options import DomainOptions
 from nonroot.engines.policy import CpuPolicy
 from nonroot.errors import BadFileError, BadOptionError, TransientError, UnsupportedError
 from nonroot.hvm.device import StateError
-from nonroot.hvm.saved import ram_file, restore, take
+from nonroot.hvm.ram import ram_file
+from nonroot.hvm.saved import restore, take
 from nonroot.saved.container import PAGE_SIZE, Reader, Writer, data_extents
 from nonroot.saved.fields import Fields
 
@@ -156,7 +157,7 @@ def fill(machine: "Machine", saved: Saved) -> None:
         )
     with Reader(saved.path) as reader:
         memory = reader.memories.get(RAM)
-        fd = ram_file(machine)
+        fd = ram_file(machine.memory_files)
         try:
             if reader.memories.keys() != {RAM} or memory != os.fstat(fd).st_size:
                 raise BadFileError(
@@ -182,7 +183,7 @@ def _write(fd: int, contents: memoryview, place: int) -> None:
 
 @contextlib.contextmanager
 def _ram(machine: "Machine") -> Iterator[tuple[int, memoryview]]:
-    fd = ram_file(machine)
+    fd = ram_file(machine.memory_files)
     try:
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as contents, memoryview(contents) as view:
             yield fd, view

@@ -1,14 +1,20 @@
 """The shared folders of a domain: what its options say of them, their devices, and how the guest mounts them."""
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nonroot.backends.helper import Helper
-from nonroot.backends.share import Share, start_share
-from nonroot.backends.share_service import ShareService
-from nonroot.devices.virtio_fs import MOST_SHARES, attach_share
 from nonroot.errors import BadOptionError
-from nonroot.hvm.pc import Board
+
+if TYPE_CHECKING:  # most domains have none
+    import socket
+
+    from nonroot.backends.helper import Helper
+    from nonroot.backends.share import Share
+    from nonroot.backends.share_service import ShareService
+    from nonroot.hvm.pc import Board
 
 __all__ = ["SHARE_MODULES", "Shares", "parse_shares", "setup_lines", "share_tag"]
 
@@ -29,6 +35,11 @@ share() { # TAG FOLDER OPTIONS
 
 def parse_shares(texts: Sequence[str]) -> list[Share]:
     """The shares of a domain. BadOptionError, BadFileError, one sentence."""
+    if not texts:
+        return []
+    from nonroot.backends.share import Share
+    from nonroot.devices.virtio_fs import MOST_SHARES
+
     shares = [Share.parse(text) for text in texts]
     if len(shares) > MOST_SHARES:
         raise BadOptionError(f"a domain has at most {MOST_SHARES} shared folders, not {len(shares)}")
@@ -65,10 +76,14 @@ class Shares:
 
     def __init__(self, shares: Sequence[Share]) -> None:
         """BadFileError for the first folder that cannot be opened; TransientError."""
-        self._links = []
+        self._links: list[socket.socket] = []
         self._helpers: list[Helper] = []
         self.services: list[ShareService] = []
         """Of the devices, once attached."""
+        if not shares:
+            return
+        from nonroot.backends.share import start_share
+
         try:
             for share in shares:
                 link, helper = start_share(share)
@@ -89,6 +104,9 @@ class Shares:
 
     def attach(self, board: Board) -> None:
         """Put the devices onto the board. In the thread that makes the machine."""
+        from nonroot.backends.share_service import ShareService
+        from nonroot.devices.virtio_fs import attach_share
+
         while self._links:
             number = len(self.services)
             device = attach_share(board, number, share_tag(number))

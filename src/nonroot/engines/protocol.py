@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from nonroot.engines.exits import Exit
-from nonroot.engines.policy import CpuPolicy
-from nonroot.engines.state import VcpuState
 from nonroot.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from nonroot._engine import Memory
+    from nonroot.engines.exits import Exit
+    from nonroot.engines.policy import CpuPolicy
+    from nonroot.engines.state import VcpuState
 
 __all__ = ["Capability", "CapabilityError", "Engine", "EngineOptions", "Vcpu"]
 

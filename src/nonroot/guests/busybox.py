@@ -3,9 +3,6 @@
 import re
 from pathlib import Path
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-
 __all__ = ["applets", "static_bits"]
 
 _APPLET = re.compile(rb"[a-z0-9_.\[-][a-z0-9_.\[\]-]*")
@@ -13,6 +10,9 @@ _APPLET = re.compile(rb"[a-z0-9_.\[-][a-z0-9_.\[\]-]*")
 
 def static_bits(path: Path) -> int | None:
     """32 or 64 if the file is a static x86 program for so many bits; None for anything else."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     try:
         with path.open("rb") as file:
             elf = ELFFile(file)

@@ -4,9 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from nonroot.guests.apt import Progress as Report
 
 __all__ = ["progress_bar"]
@@ -21,6 +18,10 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Report | None]:
     if quiet:
         yield None
         return
+    # Most who come by here fetch nothing: rich takes longer to load than they have.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         last = ""

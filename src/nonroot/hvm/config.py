@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.pc import Attach
 from nonroot.xen.config import XenConfig
+
+if TYPE_CHECKING:
+    from nonroot.hvm.firmware import Firmware
 
 __all__ = ["MachineConfig", "Outputs"]
 
@@ -17,7 +20,7 @@ class MachineConfig:
     memory_bytes: int
     kernel: bytes = b""
     """A bzImage, or an ELF with a PVH note; nothing with ``firmware``."""
-    firmware: Firmware | None = None
+    firmware: "Firmware | None" = None
     """Start in firmware, at the reset vector, instead of a kernel."""
     attach: Sequence[Attach] = ()
     """Devices of the PC: called with the board, in order, while the machine is made."""

@@ -9,20 +9,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import Condition, get_ident
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from weakref import finalize
 
 from nonroot._engine import Memory, XenPath
-from nonroot.boot.plan import BootPlan, plan_boot
-from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
-from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
-from nonroot.devices.piix4_pm import APM, APM_LENGTH, Piix4Pm
 from nonroot.engines.policy import CpuidLeaf, CpuPolicy
 from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
 from nonroot.errors import BadOptionError
 from nonroot.hvm import board
 from nonroot.hvm.acpi import AcpiTables, build_tables
-from nonroot.hvm.acpi_loader import loader_files
 from nonroot.hvm.acpi_pm import LENGTH as ACPI_PM_LENGTH
 from nonroot.hvm.acpi_pm import AcpiPm
 from nonroot.hvm.agent_port import CAPACITY as AGENT_CAPACITY
@@ -37,7 +32,6 @@ from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Device, TimedDevice
 from nonroot.hvm.dispatch import HANDLERS, VIRTUAL_TIME_HANDLERS
 from nonroot.hvm.dma import GuestDma
-from nonroot.hvm.firmware import Firmware, boot_files, boot_registers, firmware_items
 from nonroot.hvm.i8042 import COMMAND as I8042_COMMAND
 from nonroot.hvm.i8042 import DATA as I8042_DATA
 from nonroot.hvm.i8042 import I8042
@@ -55,13 +49,16 @@ from nonroot.hvm.records import restore_records, take_records
 from nonroot.hvm.reset import PORT_A, RESET_CONTROL, ResetControl
 from nonroot.hvm.rtc import Rtc, memory_registers
 from nonroot.hvm.shadow import SMRAM_SIZE, ShadowRam, SystemManagementRam
-from nonroot.hvm.smbios import smbios_files
 from nonroot.hvm.streams import InputQueue, OutputBuffer
 from nonroot.hvm.uart import FIFO_SIZE, RX_TIMEOUT_NS, Uart
 from nonroot.xen.abi import Shutdown, cpuid_leaves
 from nonroot.xen.config import XenConfig
 from nonroot.xen.host import RESERVED, Surroundings, XenHost
 from nonroot.xen.platform_pci import attach_platform
+
+if TYPE_CHECKING:
+    from nonroot.boot.plan import BootPlan
+    from nonroot.hvm.firmware import Firmware
 
 __all__ = ["Machine", "MachineConfig", "Outcome", "Outputs", "Reason"]
 
@@ -98,6 +95,8 @@ class Machine:
         if config.firmware is not None:
             config.firmware.check()
         elif not config.resumed:
+            from nonroot.boot.plan import plan_boot
+
             self.plan = plan_boot(
                 config.kernel, self.memory_map, config.cmdline, config.initrd, FIRMWARE_START, config.protocol
             )
@@ -285,7 +284,14 @@ class Machine:
         self.pci.set_routes(FIRMWARE_ROUTES)
         self.pic.write(SLAVE_ELCR, 1, sum(1 << irq - 8 for irq in set(FIRMWARE_ROUTES)))
 
-    def _add_firmware(self, config: MachineConfig, firmware: Firmware) -> None:
+    def _add_firmware(self, config: MachineConfig, firmware: "Firmware") -> None:
+        from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
+        from nonroot.devices.fw_cfg import LENGTH as FW_CFG_LENGTH
+        from nonroot.devices.piix4_pm import APM, APM_LENGTH, Piix4Pm
+        from nonroot.hvm.acpi_loader import loader_files
+        from nonroot.hvm.firmware import boot_files, boot_registers, firmware_items
+        from nonroot.hvm.smbios import smbios_files
+
         parts = self.board
         self.rtc.preset(boot_registers(firmware) | parts.cmos)
         files = loader_files(self._acpi(config)) | smbios_files(self.memory_map) | parts.files

@@ -11,7 +11,7 @@ from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
 
-__all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom"]
+__all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom", "ram_file"]
 
 
 def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None) -> Memory:
@@ -33,6 +33,11 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: l
         for gfn, offset in _scrambled(memory_map, scramble_seed):
             memory.map(gfn, 1, backing, offset)
     return memory
+
+
+def ram_file(files: list[int]) -> int:
+    """A new descriptor of the RAM in ``files``, to read and write; its offsets are those of the RAM's backing."""
+    return os.open(f"/proc/self/fd/{files[0]}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def create_rom(memory: Memory, image: bytes, files: list[int] | None = None) -> int:

@@ -5,7 +5,6 @@ one goes on under another, if the CPU that its guest sees is the same.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +16,7 @@ from nonroot.saved.fields import Fields
 if TYPE_CHECKING:
     from nonroot.hvm.machine import Machine
 
-__all__ = ["ram_file", "restore", "take"]
+__all__ = ["restore", "take"]
 
 VCPU: Final = "vcpu0"
 MACHINE: Final = "machine"
@@ -25,11 +24,6 @@ XEN: Final = "xen"
 XEN_PAGES: Final = "xen.pages"
 DEVICE_PREFIX: Final = "device."
 MOST_INPUT: Final = 16 << 20
-
-
-def ram_file(machine: "Machine") -> int:
-    """A new descriptor of the RAM, to read and write; its offsets are those of the RAM's backing."""
-    return os.open(f"/proc/self/fd/{machine.memory_files[0]}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def take(machine: "Machine") -> dict[str, bytes]:

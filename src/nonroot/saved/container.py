@@ -12,6 +12,7 @@ bounded by the sizes that its caller expects.
 import contextlib
 import errno
 import json
+import mmap
 import os
 import secrets
 import struct
@@ -153,12 +154,14 @@ class Reader:
         self._path = Path(path)
         try:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            self._map: mmap.mmap | None = None
         except OSError as error:
             raise BadFileError(f"the saved domain {self._path} cannot be read: {_reason(error)}") from None
         except ValueError:
             raise BadFileError(f"the saved domain's path {str(path)!r} is no path") from None
         try:
             self._size = os.fstat(self._fd).st_size
+            self._map = mmap.mmap(self._fd, self._size, mmap.MAP_PRIVATE, mmap.PROT_READ) if self._size else None
             self._records, self._memories = self._read_table()
         except OSError as error:
             self.close()
@@ -176,6 +179,7 @@ class Reader:
     def close(self) -> None:
         """Close the file. Closing twice does nothing."""
         fd, self._fd = self._fd, -1
+        self._map = None  # unmapped when nobody uses what was given out any more
         if fd >= 0:
             os.close(fd)
 
@@ -207,15 +211,10 @@ class Reader:
     def _bad(self, what: str) -> BadFileError:
         return BadFileError(f"{self._path} is no saved domain that could be restored: {what}")
 
-    def _read(self, place: int, size: int) -> bytes:
-        parts = []
-        while size:
-            data = os.pread(self._fd, size, place)
-            if not data:
-                raise self._bad("it is truncated")
-            parts.append(data)
-            place, size = place + len(data), size - len(data)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def _read(self, place: int, size: int) -> memoryview:
+        if self._map is None or place + size > self._size or os.fstat(self._fd).st_size < self._size:
+            raise self._bad("it is truncated")
+        return memoryview(self._map)[place : place + size]
 
     def _read_table(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         if self._size < PAGE_SIZE:
@@ -231,7 +230,7 @@ class Reader:
         if xxhash.xxh3_128_digest(table) != checksum:
             raise self._bad("its table is damaged")
         try:
-            parsed = json.loads(table)
+            parsed = json.loads(bytes(table))
             records = {facts["name"]: facts for facts in parsed["records"]}
             memories = dict(parsed["memories"])
             if len(records) != len(parsed["records"]):
@@ -276,20 +275,17 @@ class Reader:
             raise ValueError("pages lie outside of their memory")
 
     def _get(self, place: int, stored: int, packing: str, checksum: str, size: int) -> memoryview:
-        try:
-            data = self._read(place, stored)
-        except OSError as error:
-            raise BadFileError(f"the saved domain {self._path} cannot be read: {_reason(error)}") from None
+        data: memoryview = self._read(place, stored)
         if xxhash.xxh3_128_hexdigest(data) != checksum:
             raise self._bad("its contents are damaged")
         if packing == LZ4:
             try:
-                data = lz4.block.decompress(data, uncompressed_size=size)
+                data = memoryview(lz4.block.decompress(data, uncompressed_size=size))
             except (lz4.block.LZ4BlockError, ValueError, MemoryError):
                 raise self._bad("its contents are damaged") from None
         if len(data) != size:
             raise self._bad("its contents are damaged")
-        return memoryview(data)
+        return data
 
 
 def _runs(contents: memoryview, extents: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

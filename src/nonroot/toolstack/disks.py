@@ -34,7 +34,7 @@ class DiskSpec:
     is_cd: bool = False
 
     def drive(self) -> str:
-        """The text that :class:`nonroot.backends.Drive` parses; ``none`` for an empty drive."""
+        """The text that :class:`nonroot.backends.drive.Drive` parses; ``none`` for an empty drive."""
         if not self.target:
             return "none"
         words = [self.target.replace(",", ",,"), f"format={self.format}"]
