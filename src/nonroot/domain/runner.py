@@ -214,11 +214,10 @@ class Runner:
             self.guest_devices = GuestDevices(machine.xen, options.name)
         return machine
 
-    def save(self, path: str, packed: bool, greeting: bytes) -> dict[str, Any]:
+    def save(self, path: str, packed: bool, greeting: bytes, toolstack: dict[str, Any] | None) -> dict[str, Any]:
         """Write the domain to a file; its vCPU stands, and this is its thread."""
-        return write_saved(
-            path, packed, self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen
-        )
+        machine, options, line = self._machine, self._options, self._command_line
+        return write_saved(path, packed, machine, options, line, self._by_serial, greeting, self.xen, toolstack)
 
     def _plug(self, host: "XenHost") -> "GuestDevices":
         """What the domain is born with."""

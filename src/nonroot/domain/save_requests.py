@@ -48,6 +48,9 @@ class SaveRequests:
         path, packed, stay = params.get("path"), bool(params.get("packed", True)), bool(params.get("stay", False))
         if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
             raise BadOptionError(f"{path!r} is no absolute path")
+        toolstack = params.get("toolstack")
+        if toolstack is not None and not isinstance(toolstack, dict):
+            raise BadOptionError("what the toolstack wants to be saved is no record")
         runner = self._need()
         options = runner.options
         check_can_be_saved(options, self._session)
@@ -75,7 +78,7 @@ class SaveRequests:
             self._tell_watchers()
 
         def save() -> Any:
-            return runner.save(path, packed, greeting)
+            return runner.save(path, packed, greeting, toolstack)
 
         def go() -> None:
             runner.pause(lambda standing: runner.call(save, done))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Saved", "check_can_be_saved", "fill", "read_saved", "write_saved"]
 
 RECORD: Final = "domain"
+TOOLSTACK: Final = "toolstack"
+"""What the toolstack wants to find again."""
 RAM: Final = "ram"
 
 
@@ -84,9 +86,10 @@ def write_saved(
     by_serial: bool | None,
     greeting: bytes,
     xen: "XenServices | None",
+    toolstack: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    Save a domain whose vCPU stands, in the vCPU's thread.
+    Save a domain whose vCPU stands, in the vCPU's thread. ``toolstack``: put into the file for the toolstack.
 
     BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
     """
@@ -103,6 +106,8 @@ def write_saved(
     records = take(machine)
     with Writer(path, packed) as writer:
         writer.record(RECORD, json.dumps(facts).encode())
+        if toolstack is not None:
+            writer.record(TOOLSTACK, json.dumps(toolstack).encode())
         for name, record in records.items():
             writer.record(name, record)
         with _ram(machine) as (fd, contents):
@@ -165,7 +170,7 @@ def fill(machine: "Machine", saved: Saved) -> None:
                 )
             for run in reader.runs(RAM):
                 _write(fd, run.contents, run.first * PAGE_SIZE)
-            records = {name: reader.record(name) for name in reader.names if name != RECORD}
+            records = {name: reader.record(name) for name in reader.names if name not in (RECORD, TOOLSTACK)}
             restore(machine, records)
         except StateError as error:
             raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None

@@ -36,6 +36,7 @@ from nonroot.toolstack.table import CRASHES, Known
 __all__ = ["DomainZero"]
 
 CREATE_SECONDS: Final = 300.0
+SAVE_SECONDS: Final = 600.0
 SHORT_LIFE: Final = 3.0
 """Seconds; a domain that has lived no longer when it stops is suspect of doing so for ever."""
 SHORT_LIVES: Final = 5
@@ -211,6 +212,24 @@ class DomainZero(DeviceVerbs):
         known.reboot_wanted = True
         return {"domid": known.domid, "by": await self._ask_for("reboot", known, False)}
 
+    async def do_save(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Save a domain to the file ``path``; ``then`` it is to ``end``, ``stay`` paused, or ``go on``."""
+        known = self._going(await self._domain(params))
+        then = params.get("then")
+        if then not in ("end", "stay", "go on"):
+            raise BadOptionError(f"a domain that has been saved cannot {then!r}")
+        if known.state == "created":
+            raise NotRunningError(f"{known.name} has not begun; there is nothing to save yet")
+        about: dict[str, Any] = {"name": known.name, "uuid": known.uuid}
+        if known.record is not None:
+            about["record"] = {key: value for key, value in known.record.items() if key != "options"}
+        result = await known.link.request(
+            "save", SAVE_SECONDS, path=params.get("path"), stay=then != "go on", toolstack=about
+        )
+        if then == "end":
+            await self._end(known)
+        return result
+
     async def do_set_memory(self, params: dict[str, Any]) -> dict[str, Any]:
         """Ask the guest to do with ``bytes`` of memory."""
         known = self._going(await self._domain(params))
@@ -356,6 +375,7 @@ class DomainZero(DeviceVerbs):
         log = place.console_path(known.name)
         link = known.link
         description = await link.request("create", CREATE_SECONDS, **options)
+        record["options"]["saved"] = None  # when it starts again, it boots
         facts = {
             "kernel": options["kernel"],
             "firmware": options["firmware"],
