@@ -38,7 +38,7 @@ PURE = (
     "nonroot.xenstore.wire",
 )
 # The machine wires pure parts to threads and the clock, and makes its memory; nothing else in hvm may.
-NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.ram")
+NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.guest_ram", "nonroot.hvm.ram")
 
 # From the bottom up: a package imports only packages of its own row and of rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (

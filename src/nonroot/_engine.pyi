@@ -21,8 +21,20 @@ class Memory:
     """Guest memory of one domain: backings (memfds) and the p2m."""
 
     def __new__(cls) -> Self: ...
-    def add_backing(self, fd: int, size: int) -> int:
-        """Map ``size`` bytes of ``fd`` shared; returns the backing's number. OSError if mmap fails."""
+    def add_backing(self, fd: int, size: int, offset: int = 0, private: bool = False) -> int:
+        """
+        Map ``size`` bytes from ``offset`` of ``fd`` on; returns the backing's number. OSError if mmap fails.
+
+        Shared; or ``private``: what is written does not reach the file, which must not change any more.
+        """
+    def remap(self, backing: int, fd: int, offset: int, private: bool) -> None:
+        """Put a file with the same contents behind a backing, while nobody writes there. OSError."""
+    def revert(self, backing: int) -> None:
+        """Have a private backing as its file is; flush the vCPUs afterwards. OSError."""
+    def write_private(self, backing: int, fd: int) -> int:
+        """Write those pages of a private backing that are not its file's into another file, at the same offsets, while
+        nobody writes there. How many. OSError.
+        """
     def map(self, gfn: int, count: int, backing: int, offset: int, writable: bool = True) -> None:
         """Point ``count`` frames from ``gfn`` on at ``offset`` (bytes) of a backing. ValueError if out of range."""
     def unmap(self, gfn: int, count: int) -> None: ...

@@ -278,7 +278,9 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self._keep_at = path
             return False
         try:
-            self._description = self._client.request("create", 300, **(self._options.to_wire() | {"saved": str(path)}))
+            self._description = self._client.request(
+                "create", 300, **(self._options.to_wire() | {"saved": str(path), "kept": True})
+            )
         except (BadFileError, UnsupportedError) as error:
             boot_cache.drop(path)
             self._keep_at = path

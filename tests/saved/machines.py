@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nonroot.engines.protocol import Engine
 from nonroot.hvm.machine import Machine, MachineConfig, Outputs
-from nonroot.hvm.ram import ram_file
+from nonroot.hvm.ram import data_extents, ram_file
 from nonroot.hvm.saved import restore, take
-from nonroot.saved.container import Reader, Writer, data_extents
+from nonroot.saved.container import Reader, Writer
 
 
 class Recorded:

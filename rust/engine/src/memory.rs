@@ -42,11 +42,15 @@ impl Memory {
         Memory { inner: Arc::new(nonroot_memory::Memory::new()) }
     }
 
-    fn add_backing(&self, fd: i32, size: u64) -> PyResult<usize> {
+    #[pyo3(signature = (fd, size, offset = 0, private = false))]
+    fn add_backing(&self, fd: i32, size: u64, offset: u64, private: bool) -> PyResult<usize> {
         if size == 0 || size % PAGE_SIZE != 0 || size > 1 << 46 {
             return Err(PyValueError::new_err(format!(
                 "a backing of {size} bytes is no multiple of 4096 bytes, or too large"
             )));
+        }
+        if offset % PAGE_SIZE != 0 || offset > 1 << 46 {
+            return Err(PyValueError::new_err(format!("{offset} is no place for a backing's beginning")));
         }
         // A shorter file would be mapped too, and kill us at the first access beyond its end.
         let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
@@ -58,12 +62,24 @@ impl Memory {
         if result != 0 {
             return Err(os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
-        if (length as u64) < size {
+        if (length as u64) < offset + size {
             return Err(PyValueError::new_err(format!(
                 "the backing's file has {length} bytes, not the {size} to map"
             )));
         }
-        self.inner.add_backing(fd, size).map_err(error)
+        self.inner.add_backing_at(fd, offset, size, private).map_err(error)
+    }
+
+    fn remap(&self, backing: usize, fd: i32, offset: u64, private: bool) -> PyResult<()> {
+        self.inner.remap(backing, fd, offset, private).map_err(error)
+    }
+
+    fn revert(&self, backing: usize) -> PyResult<()> {
+        self.inner.revert(backing).map_err(error)
+    }
+
+    fn write_private(&self, py: Python<'_>, backing: usize, fd: i32) -> PyResult<usize> {
+        py.detach(|| self.inner.write_private(backing, fd)).map_err(error)
     }
 
     #[pyo3(signature = (gfn, count, backing, offset, writable = true))]

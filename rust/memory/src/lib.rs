@@ -4,6 +4,7 @@
 //! `p2m entry = host address of the frame | flags`. Frames without an entry are
 //! not RAM: an access to them is an MMIO exit.
 
+use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::Mutex;
@@ -28,6 +29,12 @@ pub const P2M_FLAGS: u64 = PAGE_SIZE - 1;
 
 /// Pieces of host memory that one [`Memory::read_file`] fills at most: the kernel's IOV_MAX.
 pub const MAX_PIECES: usize = 1024;
+
+/// Entries of /proc/self/pagemap that are read at once; bits of an entry (admin-guide/mm/pagemap): there, or
+/// swapped out; a page of a file, or shared.
+const PAGEMAP_PIECE: u64 = 4096;
+const PAGEMAP_THERE: u64 = 3 << 62;
+const PAGEMAP_FILE: u64 = 1 << 61;
 
 const LEAF_SHIFT: u32 = 9;
 const LEAF_ENTRIES: usize = 1 << LEAF_SHIFT;
@@ -109,15 +116,28 @@ impl Memory {
 
     /// Maps `size` bytes of the file descriptor shared; returns the backing's number.
     pub fn add_backing(&self, fd: i32, size: u64) -> Result<usize, MemoryError> {
-        // SAFETY: a fresh shared mapping of a descriptor; no existing memory is affected.
+        self.add_backing_at(fd, 0, size, false)
+    }
+
+    /// Maps `size` bytes from `offset` of the file descriptor on; returns the backing's number. `private`: what is
+    /// written is this process's alone, and does not reach the file, which must not change any more.
+    pub fn add_backing_at(
+        &self,
+        fd: i32,
+        offset: u64,
+        size: u64,
+        private: bool,
+    ) -> Result<usize, MemoryError> {
+        let offset = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange)?;
+        // SAFETY: a fresh mapping of a descriptor; no existing memory is affected.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
                 size as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                sharing(private) | libc::MAP_NORESERVE,
                 fd,
-                0,
+                offset,
             )
         };
         if base == libc::MAP_FAILED {
@@ -126,6 +146,86 @@ impl Memory {
         let mut backings = self.backings.lock().unwrap();
         backings.push(Backing { base: base.cast(), size });
         Ok(backings.len() - 1)
+    }
+
+    /// Puts another file behind a backing, at the same host addresses, so that nothing that refers to them need be
+    /// told. Its contents must be the same, and nobody may write to the backing meanwhile.
+    pub fn remap(&self, backing: usize, fd: i32, offset: u64, private: bool) -> Result<(), MemoryError> {
+        let offset = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange)?;
+        let backings = self.backings.lock().unwrap();
+        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+        // SAFETY: the range is a mapping of this object's own, of this size, which one of the same size replaces in one
+        // step; guest memory is only touched through raw pointers and atomics, which stay valid.
+        let result = unsafe {
+            libc::mmap(
+                b.base.cast(),
+                b.size as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                sharing(private) | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                fd,
+                offset,
+            )
+        };
+        if result == libc::MAP_FAILED {
+            return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
+        }
+        Ok(())
+    }
+
+    /// Forgets what was written to a private backing: it is as its file is. Nobody may use it meanwhile, and whoever
+    /// caches translations or code must drop them.
+    pub fn revert(&self, backing: usize) -> Result<(), MemoryError> {
+        let backings = self.backings.lock().unwrap();
+        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+        // SAFETY: a range of this object's own mapping; its pages are filled from the file again when they are touched.
+        let result = unsafe { libc::madvise(b.base.cast(), b.size as usize, libc::MADV_DONTNEED) };
+        if result != 0 {
+            return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
+        }
+        self.changed();
+        Ok(())
+    }
+
+    /// Writes the pages of a private backing that are this process's own into a file, each at its offset. Returns how
+    /// many there are.
+    pub fn write_private(&self, backing: usize, fd: i32) -> Result<usize, MemoryError> {
+        let (base, size) = {
+            let backings = self.backings.lock().unwrap();
+            let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+            (b.base, b.size)
+        };
+        let system = |error: std::io::Error| MemoryError::System(error.raw_os_error().unwrap_or(0));
+        let map = std::fs::File::open("/proc/self/pagemap").map_err(system)?;
+        let mut entries = vec![0u8; (PAGEMAP_PIECE * 8) as usize];
+        let (mut page, pages, mut count) = (0u64, size >> PAGE_SHIFT, 0usize);
+        while page < pages {
+            let piece = PAGEMAP_PIECE.min(pages - page);
+            let entries = &mut entries[..(piece * 8) as usize];
+            map.read_exact_at(entries, ((base as u64 >> PAGE_SHIFT) + page) * 8).map_err(system)?;
+            let own = |index: u64| {
+                let at = (index * 8) as usize;
+                let entry = u64::from_le_bytes(entries[at..at + 8].try_into().unwrap());
+                entry & PAGEMAP_THERE != 0 && entry & PAGEMAP_FILE == 0
+            };
+            let mut index = 0;
+            while index < piece {
+                let first = index;
+                while index < piece && own(index) {
+                    index += 1;
+                }
+                if index > first {
+                    count += (index - first) as usize;
+                    let offset = (page + first) << PAGE_SHIFT;
+                    let length = (index - first) << PAGE_SHIFT;
+                    // SAFETY: inside of the backing's mapping, which lives as long as self.
+                    unsafe { write_all_at(fd, base.add(offset as usize), length as usize, offset)? };
+                } else {
+                    index += 1;
+                }
+            }
+            page += piece;
+        }
+        Ok(count)
     }
 
     fn slot(&self, gfn: u64, create: bool) -> Option<&AtomicU64> {
@@ -512,6 +612,38 @@ impl Memory {
         }
         out
     }
+}
+
+fn sharing(private: bool) -> libc::c_int {
+    if private {
+        libc::MAP_PRIVATE
+    } else {
+        libc::MAP_SHARED
+    }
+}
+
+/// Writes `length` bytes to a file at `offset`.
+///
+/// # Safety
+/// `from` and the bytes after it are mapped.
+unsafe fn write_all_at(fd: i32, from: *const u8, length: usize, offset: u64) -> Result<(), MemoryError> {
+    let mut done = 0usize;
+    while done < length {
+        let place = i64::try_from(offset + done as u64).map_err(|_| MemoryError::OutOfRange)?;
+        // SAFETY: the caller's; the kernel refuses a bad descriptor or offset.
+        let count = unsafe { libc::pwrite(fd, from.add(done).cast(), length - done, place) };
+        match usize::try_from(count) {
+            Ok(0) => return Err(MemoryError::System(libc::EIO)),
+            Ok(count) => done += count,
+            Err(_) => {
+                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
+                if errno != libc::EINTR {
+                    return Err(MemoryError::System(errno));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Memory {

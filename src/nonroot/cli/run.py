@@ -389,9 +389,15 @@ class Session:
             for skipped in domain.copy_out(source, target):
                 self.reporter.line(f"not copied: {skipped}")
         self._explain(completed)
-        with contextlib.suppress(NonrootError):
-            domain.shutdown(10)
+        if self._has_outside():
+            with contextlib.suppress(NonrootError):
+                domain.shutdown(10)
         return shell_status(completed.returncode)
+
+    def _has_outside(self) -> bool:
+        """Whether there is anything outside of the guest that it could leave in disorder."""
+        outside = ("disks", "cdrom", "floppy", "networks", "publish", "shares")
+        return any(self.options.domain[name] for name in outside)
 
     def _explain(self, completed: Completed) -> None:
         name = completed.args[0]

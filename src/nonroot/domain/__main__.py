@@ -2,14 +2,17 @@
 
 import argparse
 import faulthandler
+import gc
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
 
-from nonroot.domain import host
-from nonroot.domain.process import DomainProcess
+gc.disable()  # until everything is loaded: there is no garbage yet, only much to look through
+
+from nonroot.domain import host  # noqa: E402
+from nonroot.domain.process import DomainProcess  # noqa: E402
 
 __all__ = ["main"]
 
@@ -21,6 +24,8 @@ def main() -> None:
     parser.add_argument("--socket", help="a path to listen at for further clients")
     options = parser.parse_args()
     faulthandler.enable()
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's business
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     host.die_with_parent()

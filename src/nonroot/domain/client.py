@@ -25,7 +25,7 @@ from nonroot.errors import DomainLostError, InternalError, NonrootError, Transie
 
 __all__ = ["PROGRAM", "DomainClient", "Pending"]
 
-PROGRAM = [sys.executable, "-P", "-m", "nonroot.domain"]
+PROGRAM = [sys.executable, "-P", "-c", "from nonroot.domain.__main__ import main; main()"]
 """What is run as a domain's process."""
 
 

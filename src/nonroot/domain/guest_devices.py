@@ -8,24 +8,26 @@
 Further kinds of devices that a domain is born with belong beside these, and into ``Runner``'s ``_plug``.
 """
 
+from __future__ import annotations
+
 import contextlib
 import random
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nonroot.backends.drive import Drive
-from nonroot.backends.switch import join_network
 from nonroot.backends.vdev import disk_name, vdev_number
-from nonroot.backends.vif import random_mac
-from nonroot.backends.xenbus import XenbusState
 from nonroot.domain.drives import MOST_DISKS, Twin
 from nonroot.domain.networks import Network
-from nonroot.domain.pv_devices import PvDevices
 from nonroot.domain.registry import runtime_dir
 from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError
 from nonroot.xen.backend import FrontendAccess
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
+
+if TYPE_CHECKING:  # loaded with the first device: many domains have none
+    from nonroot.domain.pv_devices import PvDevices
 
 __all__ = ["GuestDevices"]
 
@@ -33,8 +35,9 @@ __all__ = ["GuestDevices"]
 class GuestDevices:
     """Methods: any thread; they may take long (an image of another format, a first network), so not the loop's."""
 
-    def __init__(self, host: FrontendAccess, hostname: str = "") -> None:
-        """``hostname``: the name that DHCP gives to the guest."""
+    def __init__(self, host: FrontendAccess, hostname: str = "", prepare: Callable[[], object] = lambda: None) -> None:
+        """``hostname``: the name that DHCP gives to the guest. ``prepare``: called before the first device is made."""
+        self._prepare = prepare
         self._host = host
         self._hostname = hostname
         self._lock = threading.Lock()
@@ -49,6 +52,9 @@ class GuestDevices:
             if self._closed:
                 raise NotRunningError("the domain is ending")
             if self._devices is None:
+                from nonroot.domain.pv_devices import PvDevices
+
+                self._prepare()
                 self._store = XenStore()
                 self._devices = PvDevices(self._store, self._host)
             return self._devices
@@ -122,6 +128,9 @@ class GuestDevices:
     def add_network(self, network: Network, index: int | None = None) -> dict[str, Any]:
         """A card; without ``index``, the first free number. Its facts. BadOptionError, SoftwareMissingError."""
         devices = self._open()
+        from nonroot.backends.switch import join_network
+        from nonroot.backends.vif import random_mac
+
         mac = network.mac or random_mac(random.SystemRandom())
         if any(card["mac"].lower() == mac.lower() for card in self.networks()):
             raise BadOptionError(f"there is a network card {mac} already; each has an address of its own")
@@ -161,6 +170,8 @@ class GuestDevices:
         facts = {**self._facts[kind, number], "backend": backend, "state": "unknown"}
         store = self._store
         if store is not None:
+            from nonroot.backends.xenbus import XenbusState
+
             with contextlib.suppress(XenStoreError, XenStoreLostError):
                 state = store.read(f"{backend}/state") or ""
                 if state.isdigit() and int(state) in list(XenbusState):

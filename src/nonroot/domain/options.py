@@ -113,6 +113,8 @@ class DomainOptions:
     """Its number as Xen's domain; 0 takes a free one."""
     saved: str | None = None
     """The file of a saved domain to go on from; what the machine is made of is in there."""
+    kept: bool = False
+    """That file is a boot that was kept: its memory is mapped as it lies there, without a look at its checksums."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 

@@ -340,8 +340,15 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         self._ask(connection, request, self._need().registers)
 
     def _do_memory_map(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
-        fds = self._need().memory_map()
-        connection.reply(request, {}, fds)
+        runner = self._need()
+
+        def answer(result: list[int] | NonrootError) -> None:
+            if isinstance(result, NonrootError):
+                connection.fail(request, result)
+            else:
+                connection.reply(request, {}, result)
+
+        runner.call(runner.memory_map, answer)
 
     def _do_memory_write(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         runner = self._need()

@@ -30,7 +30,7 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
-from nonroot.domain.saving import Saved, check_can_be_saved, fill, read_saved, write_saved
+from nonroot.domain.saving import Saved, check_can_be_saved, fill, image, read_saved, write_saved
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
 from nonroot.hvm.device import StateError
@@ -185,6 +185,7 @@ class Runner:
         check_can_be_saved(options, None)
         self._command_line = saved.command_line
         self._protocol_reason = "it was saved"
+        base = image(saved) if options.kept else None
         self.drives = Drives(options)
         config = MachineConfig(
             memory_bytes=options.memory,
@@ -199,9 +200,14 @@ class Runner:
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
             random_seed=options.seed,
             engine_off=frozenset(options.off),
+            ram_base=base,
             xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
         )
-        machine = Machine(config, select.create(self._choice.engine), self._outputs())
+        try:
+            machine = Machine(config, select.create(self._choice.engine), self._outputs())
+        finally:
+            if base is not None:
+                os.close(base[0])
         if (self.xen is None) != (saved.store is None):
             raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
         fill(machine, saved)
@@ -211,8 +217,28 @@ class Runner:
                 self.xen.resume(saved.store)
             except StateError as error:
                 raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
-            self.guest_devices = GuestDevices(machine.xen, options.name)
+            self.guest_devices = GuestDevices(machine.xen, options.name, lambda: self._in_machine(machine.ram.share))
         return machine
+
+    def _in_machine(self, action: Callable[[], object]) -> None:
+        """Have something done in the vCPU's thread, and wait for it. NonrootError that it raises. Not in the loop."""
+        if self._thread is None or self._thread is threading.current_thread():
+            action()
+            return
+        done = threading.Event()
+        results: list[Any] = []
+
+        def act() -> None:
+            results.append(_ask(action))
+            done.set()
+
+        with self._changed:
+            self._calls.append((act, lambda nothing: None))
+            self._changed.notify_all()
+        self._machine.post(self._serve)
+        done.wait()
+        if isinstance(results[0], NonrootError):
+            raise results[0]
 
     def save(self, path: str, packed: bool, greeting: bytes, toolstack: dict[str, Any] | None) -> dict[str, Any]:
         """Write the domain to a file; its vCPU stands, and this is its thread."""
@@ -389,10 +415,15 @@ class Runner:
         return data
 
     def memory_map(self) -> list[int]:
-        """Descriptors: first the p2m as records (gfn, count, backing, offset), then the backings, read-only."""
+        """
+        Descriptors: first the p2m as records (gfn, count, backing, offset), then the backings, read-only.
+
+        In the vCPU's thread.
+        """
         runs = b"".join(
             _RUN.pack(gfn, count, backing, offset) for gfn, count, backing, offset, _ in self._machine.memory.runs()
         )
+        self._machine.ram.share()
         fd = os.memfd_create("nonroot-p2m", os.MFD_CLOEXEC)
         os.write(fd, runs)
         return [fd, *self._machine.memory_files]
@@ -570,7 +601,8 @@ def xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
 
     try:
         domid = options.domid or allocate_domid()
-        return XenServices(XenStore(), options.memory, options.name or None, domid), "it can be had"
+        resumed = options.saved is not None
+        return XenServices(XenStore(), options.memory, options.name or None, domid, resumed=resumed), "it can be had"
     except NonrootError as error:
         if options.xen:
             raise

@@ -19,9 +19,9 @@ from nonroot.domain.options import DomainOptions
 from nonroot.engines.policy import CpuPolicy
 from nonroot.errors import BadFileError, BadOptionError, TransientError, UnsupportedError
 from nonroot.hvm.device import StateError
-from nonroot.hvm.ram import ram_file
+from nonroot.hvm.ram import data_extents, ram_file
 from nonroot.hvm.saved import restore, take
-from nonroot.saved.container import PAGE_SIZE, Reader, Writer, data_extents
+from nonroot.saved.container import PAGE_SIZE, Reader, Writer
 from nonroot.saved.fields import Fields
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.machine import Machine
 
-__all__ = ["Saved", "check_can_be_saved", "fill", "read_saved", "write_saved"]
+__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_saved", "write_saved"]
 
 RECORD: Final = "domain"
 TOOLSTACK: Final = "toolstack"
@@ -94,7 +94,7 @@ def write_saved(
     BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
     """
     facts = {
-        "options": options.to_wire() | {"saved": None},
+        "options": options.to_wire() | {"saved": None, "kept": False},
         "protocol": machine.protocol,
         "command_line": command_line,
         "cpu": cpu_digest(machine.policy),
@@ -104,6 +104,7 @@ def write_saved(
         "store": None if xen is None else xen.saved(),
     }
     records = take(machine)
+    machine.ram.share()
     with Writer(path, packed) as writer:
         writer.record(RECORD, json.dumps(facts).encode())
         if toolstack is not None:
@@ -135,6 +136,7 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             name=asked.name,
             domid=asked.domid,
             saved=os.fspath(path),
+            kept=asked.kept,
         )
         by_serial = record.get("by_serial")
         if by_serial not in (None, True, False):
@@ -154,30 +156,48 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
         raise BadFileError(f"{path} is no saved domain that could be restored: {error}") from None
 
 
+def image(saved: Saved) -> tuple[int, int]:
+    """(a new descriptor, offset) of the RAM in a boot that was kept, to be mapped. BadFileError."""
+    with Reader(saved.path) as reader:
+        if reader.memories != {RAM: saved.options.memory}:
+            raise _bad(saved, "its memory has another size")
+        place = reader.image(RAM)
+    if place is None:
+        raise _bad(saved, "its memory does not lie there as it is")
+    return place
+
+
 def fill(machine: "Machine", saved: Saved) -> None:
-    """Have a new machine go on from a file. BadFileError: the machine is of no use then."""
+    """Have a new machine go on from a file; private RAM is there already. BadFileError: it is of no use then."""
     if cpu_digest(machine.policy) != saved.cpu:
         raise UnsupportedError(
             f"{saved.path} cannot be restored here: its guest was running on a CPU with other features"
         )
     with Reader(saved.path) as reader:
-        memory = reader.memories.get(RAM)
-        fd = ram_file(machine.memory_files)
+        if reader.memories != {RAM: saved.options.memory}:
+            raise _bad(saved, "its memory has another size")
         try:
-            if reader.memories.keys() != {RAM} or memory != os.fstat(fd).st_size:
-                raise BadFileError(
-                    f"{saved.path} is no saved domain that could be restored: its memory has no such size"
-                )
-            for run in reader.runs(RAM):
-                _write(fd, run.contents, run.first * PAGE_SIZE)
+            if not machine.ram.is_private:
+                _load(reader, machine)
             records = {name: reader.record(name) for name in reader.names if name not in (RECORD, TOOLSTACK)}
             restore(machine, records)
         except StateError as error:
-            raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
+            raise _bad(saved, str(error)) from None
         except OSError as error:
             raise TransientError(f"{saved.path} cannot be restored: {(error.strerror or str(error)).lower()}") from None
-        finally:
-            os.close(fd)
+
+
+def _load(reader: Reader, machine: "Machine") -> None:
+    fd = ram_file(machine.memory_files)
+    try:
+        for run in reader.runs(RAM):
+            _write(fd, run.contents, run.first * PAGE_SIZE)
+    finally:
+        os.close(fd)
+
+
+def _bad(saved: Saved, why: str) -> BadFileError:
+    return BadFileError(f"{saved.path} is no saved domain that could be restored: {why}")
 
 
 def _write(fd: int, contents: memoryview, place: int) -> None:

@@ -146,11 +146,18 @@ class XenServices:
     """A domain in XenStore. Made before its machine, for its number; :meth:`attach` connects the machine."""
 
     def __init__(
-        self, store: XenStore, memory: int, name: str | None = None, domid: int = 0, path: str = DOMAINS
+        self,
+        store: XenStore,
+        memory: int,
+        name: str | None = None,
+        domid: int = 0,
+        path: str = DOMAINS,
+        resumed: bool = False,
     ) -> None:
         """
         ``memory``: bytes. ``name``: as tools show it. ``domid``: 0 takes a free number.
 
+        ``resumed``: its nodes come from a saved domain, by :meth:`resume`.
         XenStoreError, XenStoreLostError; TransientError if there is no number.
         """
         self.store = store
@@ -166,7 +173,9 @@ class XenServices:
         self._link: StoreLink | None = None
         self._host: XenHost | None = None
         self._closed = False
-        self._fill(name or f"domain{self.domid}", memory)
+        self._name = name or f"domain{self.domid}"
+        if not resumed:
+            self._fill(self._name, memory)
 
     def attach(self, host: XenHost) -> None:
         """Introduce the domain, and connect its ring. Before the guest starts."""
@@ -204,6 +213,9 @@ class XenServices:
             values = [bytes.fromhex(value) for value in fields[1::3]]
             for attempt in self.store.transaction():
                 with attempt as t:
+                    kilobytes = str(self._memory >> 10)
+                    for path, text in zip(HOSTS_NODES, (self._name, str(self.domid), "", kilobytes), strict=True):
+                        t.write(f"{self.home}/{path}", text)
                     for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
                         if path in HOSTS_NODES or path.startswith("/"):
                             continue

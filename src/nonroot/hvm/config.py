@@ -47,6 +47,8 @@ class MachineConfig:
     resumed: bool = False
     """The machine goes on from the records of another (:mod:`nonroot.hvm.saved`): no kernel and no tables are put into
     its memory. ``protocol`` says how the other was started."""
+    ram_base: tuple[int, int] | None = None
+    """(file, offset) of the RAM's contents, over which it is private; None: zeros, in a file of its own."""
     xen: XenConfig | None = None
     """Be a Xen for the guest; None: no Xen."""
 

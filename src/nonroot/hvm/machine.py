@@ -32,6 +32,7 @@ from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Device, TimedDevice
 from nonroot.hvm.dispatch import HANDLERS, VIRTUAL_TIME_HANDLERS
 from nonroot.hvm.dma import GuestDma
+from nonroot.hvm.guest_ram import GuestRam
 from nonroot.hvm.i8042 import COMMAND as I8042_COMMAND
 from nonroot.hvm.i8042 import DATA as I8042_DATA
 from nonroot.hvm.i8042 import I8042
@@ -106,7 +107,8 @@ class Machine:
         """How often the guest has been started again."""
         self.memory_files: list[int] = []
         """A read-only descriptor of each backing of the memory."""
-        self.memory: Memory = create_ram(self.memory_map, config.scramble_seed, self.memory_files)
+        self.memory: Memory = create_ram(self.memory_map, config.scramble_seed, self.memory_files, config.ram_base)
+        self.ram = GuestRam(self.memory, self.memory_files, self.memory_map.memory_bytes, config.ram_base)
         finalize(self, close_files, self.memory_files)
         if policy is None:
             policy = CpuPolicy.build(engine.cpu_features)
@@ -197,6 +199,7 @@ class Machine:
         """The Xen of this machine; None without."""
         if config.xen is not None:
             self.xen = self._make_xen(config, config.xen, lines, outputs)
+            self.ram.on_change = self.xen.physmap.forget_ram
             if not self._is_pvh:
                 attach_platform(self.board)
         for attach in config.attach:
@@ -236,6 +239,7 @@ class Machine:
         surroundings = Surroundings(
             memory=self.memory,
             files=self.memory_files,
+            share_ram=self.ram.share,
             memory_map=self.memory_map,
             vcpus=self.vcpus,
             clock=self.clock,

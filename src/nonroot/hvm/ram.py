@@ -1,5 +1,6 @@
 """A domain's RAM: a sealed memfd, and the p2m that puts its frames where the memory map wants them."""
 
+import errno
 import fcntl
 import mmap
 import os
@@ -11,10 +12,15 @@ from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
 
-__all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom", "ram_file"]
+__all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom", "data_extents", "ram_file"]
 
 
-def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: list[int] | None = None) -> Memory:
+def create_ram(
+    memory_map: MemoryMap,
+    scramble_seed: int | None = None,
+    files: list[int] | None = None,
+    base: tuple[int, int] | None = None,
+) -> Memory:
     """
     RAM as ``memory_map`` says, zeroed.
 
@@ -22,10 +28,15 @@ def create_ram(memory_map: MemoryMap, scramble_seed: int | None = None, files: l
     holder can truncate it under another. With ``scramble_seed`` every frame lies at a random place of the backing: the
     guest must not notice. ``files`` gets a read-only descriptor of each backing, in order, for those who look at guest
     memory from outside; without it, only the mappings keep the memory. OutOfMemoryError if the host has not enough.
+    ``base``: (file, offset) of what is in there instead of zeros; the file stays as it is.
     """
     memory = Memory()
-    with _sealed_file("nonroot-ram", memory_map.memory_bytes) as fd:
-        backing = _add_backing(memory, fd, memory_map.memory_bytes, files)
+    size = memory_map.memory_bytes
+    if base is not None:
+        backing = _add_private(memory, base, size, files)
+    else:
+        with _sealed_file("nonroot-ram", size) as fd:
+            backing = _add_backing(memory, fd, size, files)
     if scramble_seed is None:
         for ram in memory_map.ram():
             memory.map(ram.base // PAGE_SIZE, ram.length // PAGE_SIZE, backing, ram.offset)
@@ -61,11 +72,34 @@ def _sealed_file(name: str, size: int, contents: bytes = b"") -> Iterator[int]:
         os.close(fd)
 
 
+def _add_private(memory: Memory, base: tuple[int, int], size: int, files: list[int] | None) -> int:
+    try:
+        backing = memory.add_backing(base[0], size, base[1], private=True)
+    except OSError as error:
+        raise OutOfMemoryError(f"the host cannot map {size >> 20} MiB of memory: {error.strerror}") from None
+    if files is not None:
+        files.append(os.dup(base[0]))
+    return backing
+
+
 def _add_backing(memory: Memory, fd: int, size: int, files: list[int] | None) -> int:
     backing = memory.add_backing(fd, size)
     if files is not None:
         files.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
     return backing
+
+
+def data_extents(fd: int, place: int = 0) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of what in a file, from ``place`` on, is no hole: reading one of those may fill it."""
+    while True:
+        try:
+            start = os.lseek(fd, place, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        place = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, place - start
 
 
 class DirtyLog:

@@ -10,7 +10,6 @@ bounded by the sizes that its caller expects.
 """
 
 import contextlib
-import errno
 import json
 import mmap
 import os
@@ -26,7 +25,7 @@ import xxhash
 
 from nonroot.errors import BadFileError, TransientError
 
-__all__ = ["PAGE_SIZE", "Reader", "Run", "Writer", "data_extents"]
+__all__ = ["PAGE_SIZE", "Reader", "Run", "Writer"]
 
 MAGIC: Final = b"NRsaved\0"
 VERSION: Final = 1
@@ -92,28 +91,37 @@ class Writer:
         self._records.append({"name": name, "size": len(contents)} | self._put(contents))
 
     def memory(self, name: str, contents: memoryview, extents: Iterator[tuple[int, int]]) -> None:
-        """Add the pages of ``contents`` that are not all zeros; ``extents``: (offset, bytes) of what may be."""
+        """
+        Add the pages of ``contents`` that are not all zeros; ``extents``: (offset, bytes) of what may be.
+
+        What is not packed lies there as it is, holes included, so that it can be mapped (:meth:`Reader.image`).
+        """
         runs = []
+        image = None if self._packed else self._aligned()
         for first, count in _runs(contents, extents):
             piece = contents[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
-            runs.append([first, count, *self._put(piece).values()])
-        self._memories[name] = {"size": len(contents), "runs": runs}
+            place = None if image is None else image + first * PAGE_SIZE
+            runs.append([first, count, *self._put(piece, place).values()])
+        self._memories[name] = {"size": len(contents), "image": image, "runs": runs}
+        if image is not None:
+            self._place = image + len(contents)
 
     @property
     def size(self) -> int:
         """Bytes so far."""
         return self._place
 
-    def _put(self, contents: bytes | memoryview) -> dict[str, Any]:
+    def _aligned(self) -> int:
+        return -(-self._place // PAGE_SIZE) * PAGE_SIZE
+
+    def _put(self, contents: bytes | memoryview, at: int | None = None) -> dict[str, Any]:
         data: bytes | memoryview = contents
         packing = RAW
         if self._packed:
             packed = lz4.block.compress(contents, store_size=False)
             if len(packed) < len(contents):
                 data, packing = packed, LZ4
-        place = self._place
-        if packing == RAW:
-            place = -(-place // PAGE_SIZE) * PAGE_SIZE
+        place = at if at is not None else self._aligned() if packing == RAW else self._place
         self._write(place, data)
         self._place = place + len(data)
         return {
@@ -201,6 +209,15 @@ class Reader:
         contents = self._get(facts["place"], facts["stored"], facts["packing"], facts["checksum"], facts["size"])
         return bytes(contents)
 
+    def image(self, name: str) -> tuple[int, int] | None:
+        """
+        (a new descriptor, offset) of a memory that lies in the file as it is; None if it does not.
+
+        Nothing of it has been checked but that it is there.
+        """
+        place = self._memories[name]["image"]
+        return None if place is None else (os.dup(self._fd), place)
+
     def runs(self, name: str) -> Iterator[Run]:
         """A memory's pages that are not all zeros, ascending; each is checked before it is given out."""
         for first, count, place, stored, packing, checksum in self._memories[name]["runs"]:
@@ -243,6 +260,11 @@ class Reader:
             for name, facts in memories.items():
                 self._check_name(name)
                 self._check_runs(facts["size"], facts["runs"])
+                image = facts["image"]
+                if image is not None:
+                    self._check(image, facts["size"], RAW, "")
+                    if image % PAGE_SIZE:
+                        raise ValueError("an image is at no page")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._bad(f"its table makes no sense ({error})") from None
         return records, memories
@@ -300,20 +322,6 @@ def _runs(contents: memoryview, extents: Iterator[tuple[int, int]]) -> Iterator[
                 start = -1
             if used and start < 0:
                 start = page
-
-
-def data_extents(fd: int) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the parts of a file that are no holes: reading a hole of a memory would fill it."""
-    place = 0
-    while True:
-        try:
-            start = os.lseek(fd, place, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        place = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, place - start
 
 
 def _reason(error: OSError) -> str:

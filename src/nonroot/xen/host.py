@@ -114,6 +114,8 @@ class Surroundings:
     """Takes what the guest writes to hvc0."""
     debug: Callable[[bytes], object]
     """Takes what the guest writes to the hypervisor's own console."""
+    share_ram: Callable[[], object] = lambda: None
+    """Have the RAM where other mappings and other processes see it."""
     make_path: Callable[[Place], XenPath | None] = lambda shared: None
     """What does a part of this without us, if the engine has it; its argument is the shared page."""
 
@@ -131,7 +133,7 @@ class XenHost:
         self._machine = machine
         memory, clock, vcpus = machine.memory, machine.clock, machine.vcpus
         count = len(vcpus)
-        self.physmap = Physmap(memory, machine.files)
+        self.physmap = Physmap(memory, machine.files, machine.share_ram, machine.memory_map.memory_bytes)
         self.path = machine.make_path(self.physmap.own(SHARED_INFO))
         """Does a part of all this in the engine; None: nobody does."""
         self.shared = SharedInfo(self.physmap, count, machine.tsc_khz, machine.wall_ns, self.path)

@@ -8,6 +8,7 @@ until the guest populates some frame with it.
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
@@ -95,10 +96,23 @@ class Words:
 class Physmap:
     """Changes of the p2m, and views of what lies behind it."""
 
-    def __init__(self, memory: Memory, files: list[int]) -> None:
-        """``files``: a descriptor of each backing so far; that of the own pages is added. OutOfMemoryError."""
+    def __init__(
+        self,
+        memory: Memory,
+        files: list[int],
+        share_ram: Callable[[], object] = lambda: None,
+        ram_bytes: int | None = None,
+    ) -> None:
+        """
+        ``files``: a descriptor of each backing so far; that of the own pages is added. OutOfMemoryError.
+
+        ``share_ram``: called before the RAM is mapped again, or given to another process. ``ram_bytes``: its size, if
+        its file's is another.
+        """
         self.memory = memory
         self._files = files
+        self._share_ram = share_ram
+        self._ram_bytes = ram_bytes
         self._maps: dict[int, mmap.mmap] = {}
         size = OWN_PAGES * PAGE_SIZE
         fd = os.memfd_create("nonroot-xen", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -149,6 +163,8 @@ class Physmap:
 
     def descriptor(self, backing: int) -> int:
         """A new descriptor of a backing, to read and write. The descriptors at hand are for reading."""
+        if backing == RAM:
+            self._share_ram()
         return os.open(f"/proc/self/fd/{self._files[backing]}", os.O_RDWR | os.O_CLOEXEC)
 
     def view(self, page: Page) -> memoryview:
@@ -161,6 +177,10 @@ class Physmap:
             finally:
                 os.close(fd)
         return memoryview(backing)[page.offset : page.offset + PAGE_SIZE]
+
+    def forget_ram(self) -> None:
+        """Another file is behind the RAM: it is mapped anew when it is looked at."""
+        self._maps.pop(RAM, None)
 
     def clear_own(self) -> None:
         """All own pages as at power-on."""
@@ -290,7 +310,7 @@ class Physmap:
                     self._unmap(gfn)
         except (ValueError, OverflowError) as error:
             raise StateError(f"xen memory state: {error}") from None
-        top = os.fstat(self._files[RAM]).st_size
+        top = self._ram_bytes if self._ram_bytes is not None else os.fstat(self._files[RAM]).st_size
         if any(offset % PAGE_SIZE or offset >= top for offset in free) or len(set(free)) != len(free):
             raise StateError("xen memory state: the pool has what is no page of RAM")
         self._free[:] = free
