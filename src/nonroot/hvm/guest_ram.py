@@ -100,7 +100,8 @@ class GuestRam:
         for start, length in _within(data_extents(file, offset), offset, self._size):
             place, end = start, start + length
             while place < end:
-                done = os.copy_file_range(file, fd, min(COPY_STEP, end - place), place, place - offset)
+                os.lseek(fd, place - offset, os.SEEK_SET)
+                done = os.sendfile(fd, file, place, min(COPY_STEP, end - place))
                 if done == 0:
                     return  # the file ends there: zeros
                 place += done

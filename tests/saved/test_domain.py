@@ -1,0 +1,139 @@
+"""Domains with Linux that are saved and restored: what the guest, its user and the clock make of it."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nonroot import BadFileError, Domain, TransientError, UnsupportedError
+from nonroot.domain import boot_cache
+from nonroot.guests import cached
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A domain that has written a file and holds a counter."""
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    path = tmp_path_factory.mktemp("saved") / "a.saved"
+    with Domain(memory="128M") as domain:
+        domain.run(
+            ["sh", "-c", "echo kept > /tmp/file; (while :; do sleep 1000; done) & echo $! > /tmp/pid"], check=True
+        )
+        domain.save(path)
+        assert domain.run(["cat", "/tmp/file"]).stdout == "kept\n"  # it went on
+    return path
+
+
+def test_it_goes_on(saved: Path) -> None:
+    with Domain.restore(saved) as domain:
+        assert domain.boot == "saved"
+        assert domain.wait_ready()["system"] == "Linux"
+        result = domain.run(["sh", "-c", "cat /tmp/file; kill -0 $(cat /tmp/pid) && echo alive; dmesg | wc -l"])
+        assert result.stdout.startswith("kept\nalive\n")
+        assert int(result.stdout.split()[-1]) > 50
+        assert domain.memory.read(0, 16)
+        assert domain.shutdown().reason == "poweroff"
+
+
+def test_several_have_clocks_and_randomness_of_their_own(saved: Path) -> None:
+    script = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1; date +%s"
+    with Domain.restore(saved, name="one") as one, Domain.restore(saved, name="two", engine="interpret") as two:
+        before = time.time()
+        first, second = (domain.run(["sh", "-c", script]).stdout.splitlines() for domain in (one, two))
+        assert first[0] != second[0]
+        assert first[1] != second[1]
+        for lines in (first, second):
+            assert before - 2 < int(lines[2]) < time.time() + 2
+        one.run(["sh", "-c", "echo changed > /tmp/file"])
+        assert two.run(["cat", "/tmp/file"]).stdout == "kept\n"
+
+
+def test_a_restored_domain_is_saved_again(saved: Path, tmp_path: Path) -> None:
+    with Domain.restore(saved) as domain:
+        domain.run(["sh", "-c", "echo more >> /tmp/file"], check=True)
+        domain.save(tmp_path / "b.saved", packed=False)
+    with Domain.restore(tmp_path / "b.saved") as domain:
+        assert domain.run(["cat", "/tmp/file"]).stdout == "kept\nmore\n"
+
+
+def test_not_while_a_command_runs(saved: Path, tmp_path: Path) -> None:
+    with Domain.restore(saved) as domain:
+        command = domain.popen(["sleep", "1000"])
+        with pytest.raises(TransientError, match="try again afterwards"):
+            domain.save(tmp_path / "b.saved")
+        command.kill()
+        command.wait(60)
+        domain.save(tmp_path / "b.saved", stay=True)
+        assert domain.stats.state == "paused"
+        domain.unpause()
+        assert domain.run(["echo", "x"]).stdout == "x\n"
+
+
+def test_a_place_that_is_none_hurts_nobody(saved: Path, tmp_path: Path) -> None:
+    with Domain.restore(saved) as domain:
+        with pytest.raises(BadFileError, match="cannot be written"):
+            domain.save(tmp_path / "none" / "b.saved")
+        assert domain.run(["cat", "/tmp/file"]).stdout == "kept\n"
+
+
+def test_damaged_files_make_no_domain(saved: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.saved"
+    data = bytearray(saved.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    for contents in (bytes(data), bytes(data[: len(data) // 2]), b"", b"NRsaved\0" + bytes(8192)):
+        bad.write_bytes(contents)
+        with pytest.raises(BadFileError, match="no saved domain that could be restored"):
+            Domain.restore(bad).start()
+    with pytest.raises(BadFileError, match="cannot be read"):
+        Domain.restore(tmp_path / "missing").start()
+
+
+def test_what_cannot_be_saved_yet(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with Domain(memory="128M", disks=[image], flavour="cloud-amd64") as domain:
+        domain.wait_ready()
+        with pytest.raises(UnsupportedError, match="cannot be saved yet"):
+            domain.save(tmp_path / "a.saved")
+
+
+def test_kept_boots() -> None:
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    mark = f"nonroot.test={os.getpid()}.{threading.get_ident()}"
+    before = {boot.path for boot in boot_cache.boots()}
+    ours: set[Path] = set()
+
+    def run(**more: object) -> tuple[str, str | None]:
+        with Domain(memory="128M", append=mark, kept=True, **more) as domain:  # type: ignore[arg-type]
+            assert mark in domain.run(["cat", "/proc/cmdline"]).stdout
+            return domain.boot, domain.note
+
+    try:
+        assert run() == ("fresh", None)
+        (path,) = ours = {boot.path for boot in boot_cache.boots() if boot.path not in before}
+        assert run() == ("kept", None)
+        assert run(engine="interpret")[0] == "fresh"  # an engine's boots are its own
+        ours |= {boot.path for boot in boot_cache.boots() if boot.path not in before}
+        with Domain(memory="128M", append=mark, kept=True) as domain:
+            assert domain.boot == "kept"
+            domain.wait_ready()
+            domain.run(["sh", "-c", "echo findme$((20+2)) > /tmp/x"])
+            assert len(domain.memory.read(0x10_0000, 4096)) == 4096
+            domain.save(path.with_name("test.saved"))
+            ours.add(path.with_name("test.saved"))
+        data = bytearray(path.read_bytes())
+        path.write_bytes(data[: len(data) - 5000])
+        boot, note = run()
+        assert boot == "fresh"
+        assert note is not None
+        assert "it is booted anew" in note
+        assert run() == ("kept", None)
+    finally:
+        for path in ours:
+            boot_cache.drop(path)
