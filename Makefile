@@ -41,6 +41,7 @@ $(STAMPS)/runtime: $(STAMPS)/venv pyproject.toml scripts/requirements
 $(STAMPS)/engine: $(STAMPS)/runtime $(ENGINE_FILES)
 	@echo "setup: building the engine"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --quiet --release --locked
+	@$(PY) -m compileall -q src
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/engine pyproject.toml scripts/requirements

@@ -81,6 +81,13 @@ impl XenPath {
     }
 }
 
+impl Drop for XenPath {
+    /// The cards' threads have nobody to work for.
+    fn drop(&mut self) {
+        self.stop_cards(None);
+    }
+}
+
 #[pymethods]
 impl XenPath {
     #[new]

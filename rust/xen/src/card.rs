@@ -203,7 +203,8 @@ impl Card {
         while left > 0 && !odd {
             match self.send_packet(memory, state) {
                 Step::Done => left -= 1,
-                Step::Nothing if self.tx.final_check(state.tx_index, 1) => {}
+                // An index that comes and goes is looked at so often, too, and not for ever.
+                Step::Nothing if self.tx.final_check(state.tx_index, 1) => left -= 1,
                 Step::Nothing => break,
                 Step::Blocked => {
                     state.tx_blocked = true;

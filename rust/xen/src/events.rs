@@ -271,8 +271,9 @@ impl Path {
             return;
         }
         let Ok(upcall) = self.memory.word(info.backing, info.offset) else { return };
-        if upcall.fetch_or(1, Ordering::SeqCst) & 0xff == 0 {
-            (self.signal)(vcpu, table.vectors[vcpu]);
+        let vector = table.vectors.get(vcpu).copied().unwrap_or(0);
+        if upcall.fetch_or(1, Ordering::SeqCst) & 0xff == 0 && vector != 0 {
+            (self.signal)(vcpu, vector);
         }
     }
 

@@ -4,7 +4,7 @@
 //! it takes nothing back meanwhile. Pages that a card's thread writes are.
 
 use crate::ring::Place;
-use nonroot_memory::{Memory, P2M_FLAGS, P2M_PRESENT, P2M_WRITABLE, PAGE_SIZE};
+use nonroot_memory::{Memory, P2M_WRITABLE, PAGE_SIZE};
 use std::sync::atomic::Ordering;
 
 const PERMIT: u32 = 1;
@@ -12,6 +12,10 @@ const TYPE: u32 = 3;
 const READONLY: u32 = 4;
 const IN_USE: u32 = 8 | 16;
 const ENTRY: u64 = 8;
+/// Times that an entry is looked at which the guest keeps changing; as many as in Xen's grant_table.c.
+const MOST_TRIES: usize = 5;
+/// The number of the RAM's backing.
+const RAM: usize = 0;
 
 /// The table.
 #[derive(Clone, Copy)]
@@ -32,7 +36,8 @@ pub struct Page {
 }
 
 impl Grants {
-    /// The page of a grant. None if there is no such grant, or not for that.
+    /// The page of a grant. None if there is no such grant, or not for that, or if its frame is neither RAM nor one of
+    /// the pages that the table is among: a device's memory, say.
     pub fn page(&self, memory: &Memory, reference: u32, write: bool) -> Option<Page> {
         if reference >= self.entries {
             return None;
@@ -44,23 +49,26 @@ impl Grants {
             return None;
         }
         let gfn = u64::from(memory.word(self.table.backing, at + 4).ok()?.load(Ordering::Acquire));
-        let entry = memory.entry(gfn);
-        if entry & P2M_PRESENT == 0 || (write && entry & P2M_WRITABLE == 0) {
+        let run = memory.lookup(gfn)?;
+        if !(run.backing == RAM || run.backing == self.table.backing)
+            || (write && run.flags & P2M_WRITABLE == 0)
+        {
             return None;
         }
-        Some(Page { host: (entry & !P2M_FLAGS) as *mut u8, gfn })
+        Some(Page { host: memory.place(run.backing, run.offset, PAGE_SIZE).ok()?, gfn })
     }
 }
 
 impl Grants {
     /// Has `write` change a granted page, whose entry is marked as in use meanwhile. False, and nothing happens, if
-    /// there is no such grant.
+    /// there is no such grant, or if the guest does not leave its entry alone.
     pub fn write(&self, memory: &Memory, reference: u32, write: impl FnOnce(Page)) -> bool {
         let at = self.table.offset + u64::from(reference) * ENTRY;
         let Ok(entry) = memory.word(self.table.backing, at) else { return false };
         let mut before = entry.load(Ordering::Acquire);
+        let mut tries = 1..=MOST_TRIES;
         loop {
-            if self.page(memory, reference, true).is_none() {
+            if tries.next().is_none() || self.page(memory, reference, true).is_none() {
                 return false;
             }
             match entry.compare_exchange(before, before | IN_USE, Ordering::SeqCst, Ordering::SeqCst) {
