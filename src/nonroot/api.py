@@ -11,10 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from nonroot.display.screen import HasScreen
 from nonroot.domain import boot_cache
@@ -208,7 +209,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._kept = kept
         self._keep_at: Path | None = None
         self.boot = "fresh"
-        """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved`` if from a file."""
+        """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved``: from a file; ``fork``."""
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
         if firmware is None and kernel is None and flavour is None and has_drives:
             firmware = SEABIOS
@@ -326,6 +327,64 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         domain._options.saved = _absolute(path)
         return domain
 
+    @overload
+    def fork(self) -> Self: ...
+
+    @overload
+    def fork(self, count: int) -> list[Self]: ...
+
+    def fork(self, count: int | None = None) -> Self | list[Self]:
+        """
+        Another domain that goes on from this one's present state, or ``count`` of them; this one goes on too.
+
+        They are started; destroy them, or use them as context managers. Memory is shared until somebody writes to it.
+        Each gets a clock that is right and randomness of its own, before its next command.
+
+        :raises TransientError: a command is under way. :raises UnsupportedError: see :meth:`save`.
+        """
+        self._need()
+        pending = self._client.submit("fork")
+        pending.wait(120)
+        described, ram = pending.fds
+        children: list[Self] = []
+        try:
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                starts = [pool.submit(self._start_fork, described, ram) for _ in range(1 if count is None else count)]
+            failures = [error for start in starts if (error := start.exception()) is not None]
+            children = [start.result() for start in starts if start.exception() is None]
+            if failures:
+                for child in children:
+                    child.destroy()
+                raise failures[0]
+        finally:
+            os.close(described)
+            os.close(ram)
+        return children[0] if count is None else children
+
+    def _start_fork(self, described: int, ram: int) -> Self:
+        options = self._options
+        child = type(self)(
+            engine=options.engine, off=options.off, timeout=self._boot_timeout, console=self._want_console
+        )
+        child._options.saved, child._options.ram = f"/proc/self/fd/{described}", f"/proc/self/fd/{ram}"
+        child._client.inherited = (described, ram)
+        child.start()
+        child.boot = "fork"
+        return child
+
+    def snapshot(self) -> None:
+        """Remember this state, instead of an earlier one, for :meth:`revert`. Raises what :meth:`fork` does."""
+        self._request("snapshot")
+
+    def revert(self, *, freshen: bool = True) -> None:
+        """
+        Go back to the last :meth:`snapshot`. A command that is under way fails with NotRunningError.
+
+        ``freshen``: set the guest's clock, and give it new randomness; without, it does the same again, as far as that
+        depends on itself. NotRunningError if there is no snapshot.
+        """
+        self._request("revert", freshen=freshen)
+
     def save(self, path: str | os.PathLike[str], *, packed: bool = True, stay: bool = False) -> None:
         """
         Save the domain to a file, from which :meth:`restore` goes on. It stands still meanwhile, and goes on itself
@@ -341,7 +400,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._client.request("save", 600, path=target, packed=packed, stay=stay)
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self.boot == "fork" else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -101,11 +101,16 @@ def test_frozen_memory_is_a_base_for_others(base: int, private: Ram) -> None:
 
 
 def test_what_was_written_can_be_forgotten(private: Ram) -> None:
+    os.close(private.ram.freeze())
     private.memory.write(0x5000, b"after!")
     private.memory.write(0x900000, b"x" * 100_000)
-    private.ram.revert()
-    assert private.memory.read(0x5000, 6) == b"before"
-    assert private.memory.read(0x900000, 100_000) == bytes(100_000)
+    for shared in (False, True):
+        if shared:
+            private.ram.share()
+        private.ram.revert()
+        assert private.memory.read(0x5000, 6) == b"before"
+        assert private.memory.read(0x900000, 100_000) == bytes(100_000)
+        private.memory.write(0x5000, b"again!")
 
 
 def test_ordinary_memory_is_shared_and_can_be_frozen() -> None:

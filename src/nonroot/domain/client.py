@@ -69,6 +69,8 @@ class DomainClient:
         self.on_console: Callable[[bytes], None] = lambda data: None
         self.on_stream: Callable[[Kind, bytes], None] | None = None
         self.on_lost: Callable[[NonrootError], None] = lambda error: None
+        self.inherited: Sequence[int] = ()
+        """Descriptors that the process gets, with the same numbers."""
         self.pid = 0
         self._credit = 0
         self._credit_changed = threading.Condition()
@@ -251,7 +253,7 @@ class DomainClient:
                 stdin=null,
                 stdout=self._trace_fd,
                 stderr=self._trace_fd,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *self.inherited],
                 env=process_environment(),
                 cwd="/",
                 start_new_session=True,

@@ -486,6 +486,15 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
             raise NotRunningError("the domain has not been created yet")
         return self._runner
 
+    def _restart_session(self, greeting: bytes) -> None:
+        runner, options = self._need(), self._options
+        if self._session is None or options is None:
+            return
+        self._session.lost(NotRunningError("the domain has gone back to its snapshot"))
+        self._decoder = FrameDecoder()
+        self._session = AgentSession(runner, eager=options.virtual_time)
+        self._resume_session(greeting)
+
     def _say(self, text: str) -> None:
         self._messages.say(text)
 

@@ -30,11 +30,13 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
-from nonroot.domain.saving import Saved, check_can_be_saved, fill, image, read_saved, write_saved
+from nonroot.domain.saving import Saved, check_can_be_saved, fill, image, read_saved, write_fork, write_saved
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
-from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError
+from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError, NotRunningError
 from nonroot.hvm.device import StateError
 from nonroot.hvm.ram import BoardRam
+from nonroot.hvm.saved import restore, take
+from nonroot.saved.fields import Fields
 from nonroot.xen.config import XenConfig
 from nonroot.xen.platform_pci import XenPlatform
 
@@ -57,6 +59,7 @@ MAX_KEYS = 1 << 20
 """Console input beyond this that the guest has not read is dropped."""
 MAX_FILE = 8 << 30
 HELLO = 0x81
+INHERITED = "/proc/self/fd/"
 _RUN = struct.Struct("<QQIQ")
 
 Answer = Callable[[Any], None]
@@ -110,6 +113,7 @@ class Runner:
         self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
         self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
         self._by_serial: bool | None = None if saved is None else saved.by_serial
+        self._snapshot: tuple[dict[str, bytes], dict[str, Any] | None] | None = None
         self._state = "created"
         self._paused = False
         self._began = time.monotonic()
@@ -185,7 +189,7 @@ class Runner:
         check_can_be_saved(options, None)
         self._command_line = saved.command_line
         self._protocol_reason = "it was saved"
-        base = image(saved) if options.kept else None
+        base = image(saved)
         self.drives = Drives(options)
         config = MachineConfig(
             memory_bytes=options.memory,
@@ -208,9 +212,11 @@ class Runner:
         finally:
             if base is not None:
                 os.close(base[0])
+            _close_inherited(options.ram)
         if (self.xen is None) != (saved.store is None):
             raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
         fill(machine, saved)
+        _close_inherited(options.saved)
         if self.xen is not None and machine.xen is not None and saved.store is not None:
             self.xen.attach(machine.xen)
             try:
@@ -244,6 +250,29 @@ class Runner:
         """Write the domain to a file; its vCPU stands, and this is its thread."""
         machine, options, line = self._machine, self._options, self._command_line
         return write_saved(path, packed, machine, options, line, self._by_serial, greeting, self.xen, toolstack)
+
+    def fork(self, greeting: bytes) -> list[int]:
+        """Descriptors of what a fork goes on from; the vCPU stands, and this is its thread."""
+        return write_fork(self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Remember this state, instead of an earlier one; the vCPU stands, and this is its thread."""
+        store = None if self.xen is None else self.xen.saved()
+        records = take(self._machine)
+        os.close(self._machine.ram.freeze())
+        self._snapshot = (records, store)
+        return {}
+
+    def revert(self) -> dict[str, Any]:
+        """Go back to what was remembered, or NotRunningError; the vCPU stands, and this is its thread."""
+        if self._snapshot is None:
+            raise NotRunningError("there is no snapshot to revert to")
+        records, store = self._snapshot
+        self._machine.ram.revert()
+        restore(self._machine, records)
+        if self.xen is not None and store is not None:
+            self.xen.revert(Fields("XenStore", store))
+        return {}
 
     def _plug(self, host: "XenHost") -> "GuestDevices":
         """What the domain is born with."""
@@ -555,6 +584,13 @@ class Runner:
                 self._serve()
             finally:
                 self._changed.acquire()
+
+
+def _close_inherited(path: str | None) -> None:
+    """A fork's files are descriptors that its process was given; they have been used."""
+    number = (path or "").removeprefix(INHERITED)
+    if number.isdigit():
+        os.close(int(number))
 
 
 def command_line(options: DomainOptions, setup: bool = False) -> str:

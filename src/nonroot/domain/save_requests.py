@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nonroot.domain.agent import AgentSession
@@ -22,6 +23,7 @@ class SaveRequests:
 
     _session: AgentSession | None
     _options: DomainOptions | None
+    _snapshot_greeting: bytes = b""
 
     def _need(self) -> Any:
         raise NotImplementedError
@@ -43,20 +45,53 @@ class SaveRequests:
         if session is not None and session.hello is not None and options is not None and not options.virtual_time:
             session.freshen(time.time_ns(), os.urandom(ENTROPY))
 
-    def _do_save(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
-        """Write the domain to the file ``path``; afterwards it goes on, unless ``stay`` is set or it was paused."""
-        path, packed, stay = params.get("path"), bool(params.get("packed", True)), bool(params.get("stay", False))
-        if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
-            raise BadOptionError(f"{path!r} is no absolute path")
-        toolstack = params.get("toolstack")
-        if toolstack is not None and not isinstance(toolstack, dict):
-            raise BadOptionError("what the toolstack wants to be saved is no record")
+    def _restart_session(self, greeting: bytes) -> None:
+        """The guest has gone back to a moment at which its agent had nothing to do."""
+        raise NotImplementedError
+
+    def _do_fork(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        """Two descriptors that a fork of the domain is made from: its records, and its RAM."""
+        greeting = self._check()
         runner = self._need()
-        options = runner.options
-        check_can_be_saved(options, self._session)
-        greeting = b"" if self._session is None else self._session.greeting
+        self._standing(connection, request, lambda: runner.fork(greeting), lambda fds: ({}, fds))
+
+    def _do_snapshot(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        """Remember the domain's state."""
+        self._snapshot_greeting = self._check()
+        self._standing(connection, request, self._need().snapshot, lambda nothing: ({}, None))
+
+    def _do_revert(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        """Go back to the remembered state. What is under way is given up."""
+
+        def reverted(nothing: Any) -> tuple[dict[str, Any], None]:
+            self._restart_session(self._snapshot_greeting)
+            if params.get("freshen", True):
+                self._freshen()
+            return {}, None
+
+        self._standing(connection, request, self._need().revert, reverted)
+
+    def _check(self) -> bytes:
+        """What the agent has said, of a domain that can be saved. UnsupportedError, TransientError."""
+        check_can_be_saved(self._need().options, self._session)
+        return b"" if self._session is None else self._session.greeting
+
+    def _standing(
+        self,
+        connection: Connection,
+        request: int,
+        question: Callable[[], Any],
+        reply: Callable[[Any], tuple[dict[str, Any], list[int] | None]],
+        after: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """
+        Answer with what ``question`` gives while the guest stands, in the vCPU's thread.
+
+        Asked again after a moment while the guest is in the middle of a request to XenStore. The guest goes on
+        afterwards, unless it was paused, or ``after`` says no.
+        """
+        runner = self._need()
         was_paused = runner.state == "paused"
-        began = time.monotonic()
         tries = 0
 
         def done(result: Any) -> None:
@@ -66,21 +101,37 @@ class SaveRequests:
                 runner.unpause()
                 runner.work(lambda: time.sleep(0.01), lambda nothing: go())
                 return
-            failed = isinstance(result, NonrootError)
-            if not was_paused and (failed or not stay):
-                runner.unpause()
             if isinstance(result, NonrootError):
                 connection.fail(request, result)
             else:
-                seconds = time.monotonic() - began
-                self._say(f"saved to {path} in {seconds:.2f} s, {result['bytes'] >> 20} MiB")
-                connection.reply(request, result | {"seconds": seconds})
+                connection.reply(request, *reply(result))
+            if not was_paused and (isinstance(result, NonrootError) or after()):
+                runner.unpause()
             self._tell_watchers()
+
+        def go() -> None:
+            runner.pause(lambda standing: runner.call(question, done))
+
+        go()
+
+    def _do_save(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
+        """Write the domain to the file ``path``; afterwards it goes on, unless ``stay`` is set or it was paused."""
+        path, packed, stay = params.get("path"), bool(params.get("packed", True)), bool(params.get("stay", False))
+        if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+            raise BadOptionError(f"{path!r} is no absolute path")
+        toolstack = params.get("toolstack")
+        if toolstack is not None and not isinstance(toolstack, dict):
+            raise BadOptionError("what the toolstack wants to be saved is no record")
+        greeting = self._check()
+        runner = self._need()
+        began = time.monotonic()
+
+        def said(result: dict[str, Any]) -> tuple[dict[str, Any], None]:
+            seconds = time.monotonic() - began
+            self._say(f"saved to {path} in {seconds:.2f} s, {result['bytes'] >> 20} MiB")
+            return result | {"seconds": seconds}, None
 
         def save() -> Any:
             return runner.save(path, packed, greeting, toolstack)
 
-        def go() -> None:
-            runner.pause(lambda standing: runner.call(save, done))
-
-        go()
+        self._standing(connection, request, save, said, lambda: not stay)

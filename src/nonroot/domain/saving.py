@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.machine import Machine
 
-__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_saved", "write_saved"]
+__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_saved", "write_fork", "write_saved"]
 
 RECORD: Final = "domain"
 TOOLSTACK: Final = "toolstack"
@@ -93,8 +94,53 @@ def write_saved(
 
     BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
     """
-    facts = {
-        "options": options.to_wire() | {"saved": None, "kept": False},
+    facts = _facts(machine, options, command_line, by_serial, greeting, xen)
+    records = take(machine)
+    machine.ram.share()
+    with Writer(path, packed) as writer:
+        _put(writer, facts, records, toolstack)
+        with _ram(machine) as (fd, contents):
+            writer.memory(RAM, contents, data_extents(fd))
+        return {"bytes": writer.size}
+
+
+def write_fork(
+    machine: "Machine",
+    options: DomainOptions,
+    command_line: str,
+    by_serial: bool | None,
+    greeting: bytes,
+    xen: "XenServices | None",
+) -> list[int]:
+    """
+    What a fork of the domain goes on from, as descriptors: its records, and its RAM, over which both are private then.
+
+    In the vCPU's thread, while it stands. TransientError, OutOfMemoryError.
+    """
+    facts = _facts(machine, options, command_line, by_serial, greeting, xen)
+    records = take(machine)
+    with tempfile.TemporaryDirectory(prefix="nonroot-fork-") as folder:
+        path = Path(folder) / "records"
+        with Writer(path, durable=False) as writer:
+            _put(writer, facts, records, None)
+        described = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return [described, machine.ram.freeze()]
+    except BaseException:
+        os.close(described)
+        raise
+
+
+def _facts(
+    machine: "Machine",
+    options: DomainOptions,
+    command_line: str,
+    by_serial: bool | None,
+    greeting: bytes,
+    xen: "XenServices | None",
+) -> dict[str, Any]:
+    return {
+        "options": options.to_wire() | {"saved": None, "kept": False, "ram": None},
         "protocol": machine.protocol,
         "command_line": command_line,
         "cpu": cpu_digest(machine.policy),
@@ -103,17 +149,14 @@ def write_saved(
         "by_serial": by_serial,
         "store": None if xen is None else xen.saved(),
     }
-    records = take(machine)
-    machine.ram.share()
-    with Writer(path, packed) as writer:
-        writer.record(RECORD, json.dumps(facts).encode())
-        if toolstack is not None:
-            writer.record(TOOLSTACK, json.dumps(toolstack).encode())
-        for name, record in records.items():
-            writer.record(name, record)
-        with _ram(machine) as (fd, contents):
-            writer.memory(RAM, contents, data_extents(fd))
-        return {"bytes": writer.size}
+
+
+def _put(writer: Writer, facts: dict[str, Any], records: dict[str, bytes], toolstack: dict[str, Any] | None) -> None:
+    writer.record(RECORD, json.dumps(facts).encode())
+    if toolstack is not None:
+        writer.record(TOOLSTACK, json.dumps(toolstack).encode())
+    for name, record in records.items():
+        writer.record(name, record)
 
 
 def read_saved(path: str, asked: DomainOptions) -> Saved:
@@ -137,6 +180,7 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             domid=asked.domid,
             saved=os.fspath(path),
             kept=asked.kept,
+            ram=asked.ram,
         )
         by_serial = record.get("by_serial")
         if by_serial not in (None, True, False):
@@ -156,8 +200,20 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
         raise BadFileError(f"{path} is no saved domain that could be restored: {error}") from None
 
 
-def image(saved: Saved) -> tuple[int, int]:
-    """(a new descriptor, offset) of the RAM in a boot that was kept, to be mapped. BadFileError."""
+def image(saved: Saved) -> tuple[int, int] | None:
+    """(a new descriptor, offset) of RAM that is to be mapped; None: it is to be read. BadFileError."""
+    options = saved.options
+    if options.ram is not None:
+        try:
+            fd = os.open(options.ram, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadFileError(f"the memory {options.ram} cannot be read: {error.strerror}") from None
+        if os.fstat(fd).st_size != options.memory:
+            os.close(fd)
+            raise _bad(saved, "its memory has another size")
+        return fd, 0
+    if not options.kept:
+        return None
     with Reader(saved.path) as reader:
         if reader.memories != {RAM: saved.options.memory}:
             raise _bad(saved, "its memory has another size")
@@ -174,7 +230,7 @@ def fill(machine: "Machine", saved: Saved) -> None:
             f"{saved.path} cannot be restored here: its guest was running on a CPU with other features"
         )
     with Reader(saved.path) as reader:
-        if reader.memories != {RAM: saved.options.memory}:
+        if reader.memories != ({RAM: saved.options.memory} if saved.options.ram is None else {}):
             raise _bad(saved, "its memory has another size")
         try:
             if not machine.ram.is_private:

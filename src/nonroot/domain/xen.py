@@ -228,6 +228,18 @@ class XenServices:
         if self._link is not None:
             self._link.resume(renamed, record.data("begun", 1 << 16))
 
+    def revert(self, record: Fields) -> None:
+        """The guest goes back to what :meth:`saved` found: its nodes are as they were then."""
+        if self._link is not None:
+            self._link.restart()
+        kept = set(record.texts("nodes")[::3])
+        now: list[list[str]] = []
+        self._collect("", now)
+        for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
+            if path not in HOSTS_NODES:
+                self.store.rm(f"{self.home}/{path}")
+        self.resume(record)
+
     def _renamed(self, value: bytes, before: str) -> bytes:
         """``value`` with this domain's path instead of the other's."""
         old = before.encode()

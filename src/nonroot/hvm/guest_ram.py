@@ -31,6 +31,7 @@ class GuestRam:
         self._files = files
         self._size = size
         self._base: tuple[int, int] | None = None
+        self._frozen = -1
         if base is not None:
             self._base = (os.dup(base[0]), base[1])
         self.on_change: Callable[[], object] = lambda: None
@@ -76,19 +77,34 @@ class GuestRam:
             os.close(fd)
             raise OutOfMemoryError(f"the host cannot map the memory again: {error.strerror}") from None
         self._base = (os.dup(fd), 0)
+        self._forget_frozen()
+        self._frozen = os.dup(fd)
         self.on_change()
         return fd
 
     def revert(self) -> None:
-        """As it was when it became private. The vCPUs are to be flushed."""
+        """As it was when it was frozen last; nothing happens if it was not. The vCPUs are to be flushed."""
+        if self._frozen < 0:
+            return
         if self._base is not None:
             self._memory.revert(RAM)
+            return
+        self._memory.remap(RAM, self._frozen, 0, True)  # it has been shared meanwhile
+        self._base = (os.dup(self._frozen), 0)
+        self._show(self._frozen)
+        self.on_change()
 
     def close(self) -> None:
         """For the end of the machine."""
         base, self._base = self._base, None
         if base is not None:
             os.close(base[0])
+        self._forget_frozen()
+
+    def _forget_frozen(self) -> None:
+        frozen, self._frozen = self._frozen, -1
+        if frozen >= 0:
+            os.close(frozen)
 
     def _show(self, fd: int) -> None:
         shown = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

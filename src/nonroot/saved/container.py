@@ -57,14 +57,16 @@ class Writer:
     Use it as a context manager: what raises inside leaves nothing behind, and a file that was there before as it was.
     """
 
-    def __init__(self, path: str | os.PathLike[str], packed: bool = True) -> None:
-        """``packed``: compress, and have it on the disk before it is there; without, it is larger, and read quicker.
+    def __init__(self, path: str | os.PathLike[str], packed: bool = True, durable: bool | None = None) -> None:
+        """``packed``: compress; without, it is larger, and read quicker. ``durable``: have it on the disk before it is
+        there; None: if it is packed.
 
         BadFileError if there can be no file.
         """
         self._path = Path(path)
         self._draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         self._packed = packed
+        self._durable = packed if durable is None else durable
         self._records: list[dict[str, Any]] = []
         self._memories: dict[str, dict[str, Any]] = {}
         self._place = PAGE_SIZE
@@ -147,7 +149,7 @@ class Writer:
         header = HEADER.pack(MAGIC, VERSION, 0, self._place, len(table), xxhash.xxh3_128_digest(table))
         self._write(0, header.ljust(PAGE_SIZE, b"\0"))
         try:
-            if self._packed:
+            if self._durable:
                 os.fsync(self._file.fileno())
             self._draft.replace(self._path)
         except OSError as error:
