@@ -7,6 +7,7 @@ a pause. A process that dies too often is not replaced: its devices are closed, 
 """
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -50,8 +51,10 @@ class Served:
         self.request = {**request, "device": device}
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.notify_fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(ports)]
-        self.journal = os.memfd_create("nonroot-journal", os.MFD_CLOEXEC)
+        self.journal = os.memfd_create("nonroot-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.journal, SHARED_BYTES)
+        # The engine has a page of it mapped: the process cannot take that away.
+        fcntl.fcntl(self.journal, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.lend(to_engine=False)
         self._descriptors = list(descriptors)
         self._lock = threading.Lock()
