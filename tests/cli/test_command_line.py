@@ -9,6 +9,7 @@ import pytest
 
 from nonroot.cli.main import main
 from nonroot.cli.run import parse_env
+from nonroot.domain.client import DomainClient
 from nonroot.domain.files import parse_copy
 from nonroot.errors import BadOptionError
 from tests.cli.conftest import Run
@@ -123,3 +124,9 @@ def test_copy_options(tmp_path: Path) -> None:
     for text in ("", ":", "a:", ":b", "a", "a:b:c"):
         with pytest.raises(BadOptionError):
             parse_copy(text, "--copy-in")
+
+
+def test_a_process_that_was_started_early_ends_with_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--no-such-option"]) == 125
+    assert DomainClient.started_early() is None
+    assert "no such option" in capfd.readouterr().err.lower()

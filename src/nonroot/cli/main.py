@@ -129,14 +129,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensure_standard_streams()
     reporter = Reporter()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["run"] and not {"--help", "-h"} & set(given):
+    early = given[:1] == ["run"] and not {"--help", "-h"} & set(given)
+    if early:
         from nonroot.domain.client import DomainClient
 
         DomainClient.start_early()
     try:
-        status = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="nonroot", standalone_mode=False
-        )
+        return _run(given, reporter)
+    finally:
+        if early:
+            DomainClient.forget_early()
+
+
+def _run(arguments: Sequence[str], reporter: Reporter) -> int:
+    try:
+        status = cli.main(args=list(arguments), prog_name="nonroot", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

@@ -99,6 +99,14 @@ class DomainClient:
         cls._early = client
 
     @classmethod
+    def forget_early(cls) -> None:
+        """No domain was made after all."""
+        client = cls.started_early()
+        if client is not None:
+            client.kill()
+            client.close()
+
+    @classmethod
     def started_early(cls) -> "DomainClient | None":
         """The client of the process that :meth:`start_early` has started, once."""
         client, cls._early = cls._early, None

@@ -113,7 +113,7 @@ class Runner:
         self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
         self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
         self._by_serial: bool | None = None if saved is None else saved.by_serial
-        self._snapshot: tuple[dict[str, bytes], dict[str, Any] | None] | None = None
+        self._snapshot: tuple[dict[str, bytes], dict[str, Any] | None, tuple[int, int]] | None = None
         self._state = "created"
         self._paused = False
         self._began = time.monotonic()
@@ -260,18 +260,19 @@ class Runner:
         store = None if self.xen is None else self.xen.saved()
         records = take(self._machine)
         os.close(self._machine.ram.freeze())
-        self._snapshot = (records, store)
+        self._snapshot = (records, store, (0, 0) if self.xen is None else self.xen.changes())
         return {}
 
     def revert(self) -> dict[str, Any]:
         """Go back to what was remembered, or NotRunningError; the vCPU stands, and this is its thread."""
         if self._snapshot is None:
             raise NotRunningError("there is no snapshot to revert to")
-        records, store = self._snapshot
+        records, store, seen = self._snapshot
         self._machine.ram.revert()
         restore(self._machine, records)
         if self.xen is not None and store is not None:
-            self.xen.revert(Fields("XenStore", store))
+            self.xen.revert(Fields("XenStore", store), seen)
+            self._snapshot = (records, store, self.xen.changes())
         return {}
 
     def _plug(self, host: "XenHost") -> "GuestDevices":

@@ -81,6 +81,11 @@ class StoreLink:
         with self._lock:
             return self._relay.watches, self._relay.begun
 
+    @property
+    def changes(self) -> int:
+        """Requests of the guest that may have changed something."""
+        return self._relay.changes
+
     def resume(self, watches: list[bytes], begun: bytes) -> None:
         """The guest goes on from a saved one, which watched that. Before it does."""
         with self._lock:
@@ -173,6 +178,7 @@ class XenServices:
         self._link: StoreLink | None = None
         self._host: XenHost | None = None
         self._closed = False
+        self._own_changes = 0
         self._name = name or f"domain{self.domid}"
         if not resumed:
             self._fill(self._name, memory)
@@ -228,10 +234,19 @@ class XenServices:
         if self._link is not None:
             self._link.resume(renamed, record.data("begun", 1 << 16))
 
-    def revert(self, record: Fields) -> None:
-        """The guest goes back to what :meth:`saved` found: its nodes are as they were then."""
-        if self._link is not None:
-            self._link.restart()
+    def revert(self, record: Fields, seen: tuple[int, int]) -> None:
+        """The guest goes back to what :meth:`saved` found, when :meth:`changes` was ``seen``: its nodes are as then."""
+        link = self._link
+        if (
+            link is not None
+            and link.idle
+            and not link.saved()[1]
+            and not record.data("begun", 1 << 16)
+            and self.changes() == seen
+        ):
+            return  # nobody has changed anything
+        if link is not None:
+            link.restart()
         kept = set(record.texts("nodes")[::3])
         now: list[list[str]] = []
         self._collect("", now)
@@ -239,6 +254,10 @@ class XenServices:
             if path not in HOSTS_NODES:
                 self.store.rm(f"{self.home}/{path}")
         self.resume(record)
+
+    def changes(self) -> tuple[int, int]:
+        """Numbers that grow with what the guest and we may have changed."""
+        return (0 if self._link is None else self._link.changes, self._own_changes)
 
     def _renamed(self, value: bytes, before: str) -> bytes:
         """``value`` with this domain's path instead of the other's."""
@@ -263,14 +282,17 @@ class XenServices:
 
     def shutdown(self, how: str = "poweroff") -> None:
         """Ask the guest to shut down: ``poweroff`` or ``reboot``."""
+        self._own_changes += 1
         self.store.write(f"{self.home}/control/shutdown", how)
 
     def tell_console(self, path: str) -> None:
         """``path``: the pseudo-terminal that is its console. XenStoreError, XenStoreLostError."""
+        self._own_changes += 1
         self.store.write(f"{self.home}/console/tty", path)
 
     def limit_memory(self, size: int) -> None:
         """The guest's balloon is to let it have ``size`` bytes at most, as the hypervisor does."""
+        self._own_changes += 1
         self.store.write(f"{self.home}/memory/static-max", str(size >> 10))
         if self._host is not None:
             self._host.limit_memory(size)
@@ -283,6 +305,7 @@ class XenServices:
 
     def sysrq(self, key: str) -> None:
         """Press a magic SysRq key, one character."""
+        self._own_changes += 1
         self.store.write(f"{self.home}/control/sysrq", key)
 
     def restart(self) -> None:
@@ -297,6 +320,7 @@ class XenServices:
 
     def set_memory(self, size: int) -> None:
         """Ask the guest's balloon driver to leave it ``size`` bytes."""
+        self._own_changes += 1
         self.store.write(f"{self.home}/memory/target", str(size >> 10))
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ __all__ = ["Relay"]
 
 _OUTSTANDING_MAX: Final = 20
 """Requests without an answer; xenstored allows a domain as many."""
+HARMLESS: Final = (Kind.READ, Kind.DIRECTORY, Kind.DIRECTORY_PART, Kind.GET_PERMS, Kind.GET_DOMAIN_PATH)
 
 
 @dataclass(slots=True)
@@ -42,6 +43,8 @@ class Relay:
         self._store = bytearray()
         self._watches: dict[bytes, None] = {}
         self._transactions: set[int] = set()
+        self.changes = 0
+        """Requests of the guest that may have changed something, its watches included."""
 
     @property
     def idle(self) -> bool:
@@ -86,6 +89,7 @@ class Relay:
                 return
             message = bytes(self._guest[:end])
             del self._guest[:end]
+            self.changes += kind not in HARMLESS
             self._requests.append(_Request(kind, number, message))
             self._to_store(message)
 
