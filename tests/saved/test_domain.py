@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nonroot import BadFileError, Domain, TransientError, UnsupportedError
+from nonroot import BadFileError, Domain, DomainStoppedError, TransientError, UnsupportedError
 from nonroot.domain import boot_cache
 from nonroot.guests import cached
 
@@ -137,3 +137,28 @@ def test_kept_boots() -> None:
     finally:
         for path in ours:
             boot_cache.drop(path)
+
+
+def test_devices_that_come_later_count_too(tmp_path: Path) -> None:
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"x" * (1 << 20))
+    with Domain(memory="128M", kept=True, xen=True) as domain:
+        domain.wait_ready()
+        domain.snapshot()
+        domain.add_disk(os.fspath(image))
+        for refused in (domain.fork, domain.snapshot, domain.revert):
+            with pytest.raises(UnsupportedError, match="cannot (be saved|go back to its snapshot) yet"):
+                refused()
+        assert domain.run(["echo", "x"]).stdout == "x\n"
+
+
+def test_a_domain_that_has_stopped(tmp_path: Path) -> None:
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    with Domain(memory="128M", kept=True) as domain:
+        domain.wait_ready()
+        domain.shutdown()
+        with pytest.raises(DomainStoppedError, match="the domain has stopped"):
+            domain.save(tmp_path / "a.saved")

@@ -104,7 +104,7 @@ def restore(paused: bool, with_console: bool, name: str | None, engine: str | No
 @json_option
 def cache(action: str, everything: bool, as_json: bool) -> int:
     """`nonroot run -- CMD` keeps the state of a guest that is ready for its first command, and goes on from it the next
-    time. `list` shows what is kept, `prune` removes what is beyond 32 boots or 4 GiB.
+    time. `list` shows what is kept, `prune` removes what is beyond 32 boots or 1 GiB.
     """
     from nonroot.domain import boot_cache
 

@@ -20,7 +20,7 @@ from nonroot.domain.options import DomainOptions
 __all__ = ["KeptBoot", "boots", "drop", "folder", "kept_boot", "prune", "used"]
 
 ENDING: Final = ".saved"
-MOST_BYTES: Final = 4 << 30
+MOST_BYTES: Final = 1 << 30
 MOST_BOOTS: Final = 32
 DRAFT_SECONDS: Final = 3600
 """A file that is not complete after so long is nobody's."""

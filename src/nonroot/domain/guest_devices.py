@@ -59,6 +59,11 @@ class GuestDevices:
                 self._devices = PvDevices(self._store, self._host)
             return self._devices
 
+    @property
+    def any(self) -> bool:
+        """Whether there is a device, or was one."""
+        return bool(self._facts)
+
     # ── disks ──
 
     def add_disk(self, text: str, vdev: str | None = None, cdrom: bool = False) -> dict[str, Any]:

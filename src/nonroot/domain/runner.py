@@ -84,6 +84,7 @@ class Runner:
         from nonroot.engines import select
 
         self.mailbox = Mailbox()
+        self._thread: threading.Thread | None = None
         self._options = options
         self._choice = select.choose(options.engine)
         self.guest_devices: GuestDevices | None = None
@@ -118,7 +119,6 @@ class Runner:
         self._paused = False
         self._began = time.monotonic()
         self._ended: float | None = None
-        self._thread: threading.Thread | None = None
 
     def _build(self, progress: Callable[[str], None]) -> "Machine":
         from nonroot.engines import select
@@ -167,7 +167,7 @@ class Runner:
         self._protocol_reason = "it starts in firmware" if machine.plan is None else machine.plan.reason
         if self.xen is not None and machine.xen is not None:
             self.xen.attach(machine.xen)
-            self.guest_devices = self._plug(machine.xen)
+            self.guest_devices = self._plug(machine, machine.xen)
             self.drives.on_twins = self.guest_devices.twins_are_off
             platform = next((device for device in machine.board.devices if isinstance(device, XenPlatform)), None)
             if platform is not None:
@@ -275,12 +275,12 @@ class Runner:
             self._snapshot = (records, store, self.xen.changes())
         return {}
 
-    def _plug(self, host: "XenHost") -> "GuestDevices":
+    def _plug(self, machine: "Machine", host: "XenHost") -> "GuestDevices":
         """What the domain is born with."""
         from nonroot.domain.guest_devices import GuestDevices
 
         options = self._options
-        devices = GuestDevices(host, options.name)
+        devices = GuestDevices(host, options.name, lambda: self._in_machine(machine.ram.share))
         try:
             twins = self.drives.twins()
             for plan in plan_disks(options):

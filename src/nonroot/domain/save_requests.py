@@ -9,7 +9,7 @@ from nonroot.domain.agent import AgentSession
 from nonroot.domain.connection import Connection
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.saving import check_can_be_saved
-from nonroot.errors import BadOptionError, NonrootError, TransientError
+from nonroot.errors import BadOptionError, NonrootError, TransientError, UnsupportedError
 
 __all__ = ["SaveRequests"]
 
@@ -23,6 +23,7 @@ class SaveRequests:
 
     _session: AgentSession | None
     _options: DomainOptions | None
+    _stop_error: NonrootError | None
     _snapshot_greeting: bytes = b""
 
     def _need(self) -> Any:
@@ -62,6 +63,9 @@ class SaveRequests:
 
     def _do_revert(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         """Go back to the remembered state. What is under way is given up."""
+        devices = getattr(self._need(), "guest_devices", None)
+        if devices is not None and devices.any:
+            raise UnsupportedError("a domain to which devices were attached cannot go back to its snapshot yet")
 
         def reverted(nothing: Any) -> tuple[dict[str, Any], None]:
             self._restart_session(self._snapshot_greeting)
@@ -73,7 +77,11 @@ class SaveRequests:
 
     def _check(self) -> bytes:
         """What the agent has said, of a domain that can be saved. UnsupportedError, TransientError."""
-        check_can_be_saved(self._need().options, self._session)
+        runner = self._need()
+        if self._stop_error is not None:
+            raise self._stop_error
+        devices = getattr(runner, "guest_devices", None)
+        check_can_be_saved(runner.options, self._session, devices is not None and devices.any)
         return b"" if self._session is None else self._session.greeting
 
     def _standing(

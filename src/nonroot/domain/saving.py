@@ -67,10 +67,14 @@ def cpu_digest(policy: CpuPolicy) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def check_can_be_saved(options: DomainOptions, session: "AgentSession | None") -> None:
-    """UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now."""
+def check_can_be_saved(options: DomainOptions, session: "AgentSession | None", attached: bool = False) -> None:
+    """
+    UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now.
+
+    ``attached``: whether it has devices that its options do not name.
+    """
     drives = options.disks or options.cdroms or options.floppies
-    if drives or options.networks or options.publish or options.shares:
+    if attached or drives or options.networks or options.publish or options.shares:
         raise UnsupportedError("a domain with drives, network cards or shared folders cannot be saved yet")
     if options.firmware is not None:
         raise UnsupportedError("a domain that was started in firmware cannot be saved yet")
