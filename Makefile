@@ -5,6 +5,7 @@
 #   make test      the tests, at most 5 minutes
 #   make check     formats, lints, types, import rules, unused dependencies
 #   make test-all  every test but the soak ones, at most 40 minutes
+#   make test-kvm  the tests on KVM: on /dev/kvm, and in a machine of QEMU's that has guest mode
 #   make matrix    the boot matrix: systems from disk, CD and floppy
 #   make soak      the long loops; can be interrupted and resumed
 #   make bench     the boot, VM exits, work in guests, disks and networks, side by side with QEMU's software CPU
@@ -23,7 +24,7 @@ CARGO        := cargo
 MANIFEST     := --manifest-path rust/Cargo.toml
 ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
 
-.PHONY: demo test check test-all matrix soak bench wheel clean engine dev guests cargo-test
+.PHONY: demo test check test-all test-kvm matrix soak bench wheel clean engine dev guests cargo-test
 .DEFAULT_GOAL := demo
 
 $(STAMPS)/venv: scripts/preflight
@@ -71,6 +72,10 @@ test-all: $(STAMPS)/dev
 	@$(PY) -m nonroot.guests fetch cloud-amd64 amd64 686-pae 686 || true
 	$(CARGO) test $(MANIFEST) --workspace --exclude nonroot-engine --locked --quiet
 	$(PYTEST) -m "not soak"
+
+# Tests on KVM: on this machine's /dev/kvm, if it has one, and on the guest mode of QEMU's software CPU.
+test-kvm: $(STAMPS)/dev guests
+	$(PYTEST) -m "not soak" tests/engines/kvm tests/kvm_bed
 
 # Systems boot from disk, CD and floppy, on every engine; FAST=1 leaves out whole systems. REFERENCES=write writes what
 # their screens show into tests/matrix/references, rather than comparing.

@@ -39,7 +39,7 @@ exec >/dev/ttyS1 2>&1
 for module in {" ".join(_MODULES)}; do insmod /bed/$module.ko; done
 export PYTHONHOME=/usr PYTHONPATH=/bed/site PYTHONDONTWRITEBYTECODE=1 HOME=/root
 cd /bed/tests
-python3.11 -m pytest -c /dev/null --rootdir=/bed/tests -p no:cacheprovider -q -rA --import-mode=importlib .
+python3.11 -m pytest -c /dev/null --rootdir=/bed/tests -p no:cacheprovider -q -rA --color=no --import-mode=importlib .
 echo "{_END}$?"
 sync
 poweroff -f

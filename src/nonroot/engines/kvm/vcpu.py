@@ -51,12 +51,18 @@ _KICK: Final = signal.SIGRTMIN + 5
 
 
 class _Timer:
-    """Kicks a vCPU's thread at a moment; made when it is first needed."""
+    """
+    Kicks a vCPU's thread at a moment, from a thread of its own that starts when it is first needed.
+
+    A moment put off does not wake that thread: it sees so when it wakes for the earlier one.
+    """
 
     def __init__(self, kick: Callable[[], None]) -> None:
         self._kick = kick
         self._changed = threading.Condition()
+        #: The moment that is asked for, and the one that the thread sleeps for, in ns of the monotonic clock.
         self._at: int | None = None
+        self._sleeps_for: int | None = None
         self._ended = False
         self._thread: threading.Thread | None = None
 
@@ -64,10 +70,12 @@ class _Timer:
         """Kick after a while; None: not at all."""
         with self._changed:
             self._at = None if delay_ns is None else time.monotonic_ns() + delay_ns
-            if self._thread is None and self._at is not None:
+            if self._at is None:
+                return
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="kvm-deadline", daemon=True)
                 self._thread.start()
-            elif self._at is not None:
+            elif self._sleeps_for is None or self._at < self._sleeps_for:
                 self._changed.notify()
 
     def _work(self) -> None:
@@ -78,9 +86,11 @@ class _Timer:
                     self._at = None
                     self._kick()
                     continue
-                self._changed.wait(None if left is None else left / 1e9)
+                self._sleeps_for = self._at
+                self._changed.wait(None if left is None else min(left / 1e9, threading.TIMEOUT_MAX))
 
     def close(self) -> None:
+        """End the thread."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -283,7 +293,7 @@ class KvmVcpu:
         with self._lock:
             if self._runner not in (None, threading.get_ident()):
                 raise RuntimeError("another thread is running this vCPU")
-        if self._unsettled and self._expected is None:
+        if self._unsettled and self._expected is None and not self._msr_exit:
             self._page.immediate_exit = 1
             try:
                 self._stashed = self._enter()
