@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from nonroot.domain.boot_cache import folder
 from nonroot.saved.container import Reader
 from tests.toolstack.conftest import Run
 from tests.toolstack.test_dom0 import create
@@ -40,6 +41,20 @@ def test_checkpoint_and_paused(nonroot: Run, tiny: str, tmp_path: Path) -> None:
     for file in ("a", "b", "c"):
         with Reader(tmp_path / file) as reader:
             assert json.loads(reader.record("toolstack"))["name"] == "alpha"
+
+
+def test_forks(nonroot: Run, tiny: str) -> None:
+    create(nonroot, tiny, "alpha")
+    outcome = nonroot("fork", "-n", "2", "--json", "alpha")
+    assert (outcome.status, [one["name"] for one in outcome.json]) == (0, ["alpha-1", "alpha-2"])
+    assert len({one["uuid"] for one in nonroot("list", "--json").json if one["name"] != "Domain-0"}) == 3
+    assert nonroot("fork", "-p", "--name", "trial", "alpha-1").status == 0
+    assert names(nonroot)["trial"] in ("created", "paused")
+    assert nonroot("fork", "alpha").status == 0
+    assert sorted(names(nonroot)) == ["alpha", "alpha-1", "alpha-2", "alpha-3", "trial"]
+    assert nonroot("fork", "-n", "2", "--name", "x", "alpha").err == "nonroot: --name is for a single fork\n"
+    assert nonroot("fork", "--name", "trial", "alpha").err == "nonroot: a domain named 'trial' is running already\n"
+    assert not [path for path in folder().iterdir() if path.name.startswith(".fork")]
 
 
 def test_refusals(nonroot: Run, tiny: str, tmp_path: Path) -> None:

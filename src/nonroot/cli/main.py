@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": ("nonroot.cli.demo", "demo", "Boot Linux before your eyes, and run `uname -a` in it."),
     "save": ("nonroot.cli.saving", "save", "Save a domain to a file, and end it."),
     "restore": ("nonroot.cli.saving", "restore", "Go on with a saved domain."),
+    "fork": ("nonroot.cli.saving", "fork", "Make domains that go on from a running one's state."),
     "cache": ("nonroot.cli.saving", "cache", "Show or remove the boots that are kept."),
     "create": ("nonroot.cli.xl_create", "create", "Make a domain from a configuration file of xl's."),
     "list": ("nonroot.cli.xl_show", "list_domains", "List the domains."),

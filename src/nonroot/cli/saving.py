@@ -1,8 +1,10 @@
 """Verbs about saved domains: save, restore, cache."""
 
+import itertools
 import json
 import time
 import uuid as uuids
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from nonroot.cli.output import Reporter
 from nonroot.cli.xl_common import nothing, print_json, print_table
 from nonroot.errors import BadFileError, BadOptionError
 
-__all__ = ["cache", "restore", "save"]
+__all__ = ["cache", "fork", "restore", "save"]
 
 SAVE_SECONDS = 900.0
 
@@ -92,6 +94,64 @@ def restore(paused: bool, with_console: bool, name: str | None, engine: str | No
 
         return attach(made, begin=not paused, reporter=reporter)
     return 0
+
+
+@click.command(
+    short_help="Make domains that go on from a running one's state.",
+    epilog="\b\nExamples:\n  nonroot fork web                    web-1\n"
+    "  nonroot fork -n 4 web               web-1 to web-4\n"
+    "  nonroot fork -p --name trial web    one, paused, of that name",
+)
+@click.option(
+    "-n", "--count", metavar="N", type=click.IntRange(1, 1000), default=1, show_default=True, help="How many."
+)
+@click.option("-p", "--paused", is_flag=True, help="Leave them paused; see unpause.")
+@click.option("--name", metavar="NAME", help="The name of a single one.")
+@json_option
+@domain_argument
+def fork(count: int, paused: bool, name: str | None, as_json: bool, domain: str) -> int:
+    """Make domains that go on where DOMAIN is now; it goes on too. They share its memory until they write to it.
+
+    The same domains can be forked that can be saved.
+    """
+    from nonroot.domain.boot_cache import drop, folder
+    from nonroot.domain.registry import check_name
+    from nonroot.toolstack.client import Toolstack
+
+    if name is not None and count != 1:
+        raise BadOptionError("--name is for a single fork")
+    if name is not None:
+        check_name(name)
+    nothing(domain)
+    path = folder() / f".fork-{uuids.uuid4().hex}"
+    made: list[dict[str, Any]] = []
+    reporter = Reporter(quiet=as_json)
+    try:
+        with Toolstack() as toolstack:
+            reporter.progress(f"forking {domain}")
+            toolstack.request("save", SAVE_SECONDS, domain=domain, path=str(path), then="go on", packed=False)
+            saved = _read(path)
+            taken = {one["name"] for one in toolstack.request("list")["domains"]}
+            names = iter([name] if name is not None else _free_names(saved["name"], taken))
+            for _ in range(count):
+                record = json.loads(json.dumps(saved["record"]))
+                record["options"] |= {"saved": str(path), "kept": True}
+                uuid = str(uuids.uuid4())
+                made.append(toolstack.request("create", name=next(names), uuid=uuid, record=record, paused=paused))
+    finally:
+        reporter.clear()
+        drop(path)  # whoever goes on from it has it open
+    if as_json:
+        print_json(made)
+    else:
+        for one in made:
+            reporter.line(f"{one['name']} ({one['domid']})")
+    return 0
+
+
+def _free_names(name: str, taken: set[str]) -> Iterator[str]:
+    """``web-1``, ``web-2`` …, but for those that are taken."""
+    return (free for n in itertools.count(1) if (free := f"{name[:34]}-{n}") not in taken)
 
 
 @click.command(

@@ -223,8 +223,9 @@ class DomainZero(DeviceVerbs):
         about: dict[str, Any] = {"name": known.name, "uuid": known.uuid}
         if known.record is not None:
             about["record"] = {key: value for key, value in known.record.items() if key != "options"}
+        packed, stay = bool(params.get("packed", True)), then != "go on"
         result = await known.link.request(
-            "save", SAVE_SECONDS, path=params.get("path"), stay=then != "go on", toolstack=about
+            "save", SAVE_SECONDS, path=params.get("path"), packed=packed, stay=stay, toolstack=about
         )
         if then == "end":
             await self._end(known)
@@ -375,7 +376,7 @@ class DomainZero(DeviceVerbs):
         log = place.console_path(known.name)
         link = known.link
         description = await link.request("create", CREATE_SECONDS, **options)
-        record["options"]["saved"] = None  # when it starts again, it boots
+        record["options"] |= {"saved": None, "kept": False}  # when it starts again, it boots
         facts = {
             "kernel": options["kernel"],
             "firmware": options["firmware"],
