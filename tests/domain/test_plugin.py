@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nonroot.guests import cached
+
 HERE = Path(__file__).parent
 
 
@@ -101,3 +103,41 @@ def test_without_linux_tests_are_skipped_or_fail(tmp_path: Path, native_program:
     assert "1 skipped" in output
     assert "no network here" in output
     assert "1 error" in run(tmp_path, native_program, tests, "--nonroot-require")
+
+
+@pytest.mark.guest
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_each_test_has_a_fresh_domain(tmp_path: Path) -> None:
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    (tmp_path / "test_it.py").write_text(
+        textwrap.dedent("""\
+        import pytest
+
+        pids = []
+
+        @pytest.fixture(scope="session")
+        def domain_options():
+            return {"memory": "128M"}
+
+        @pytest.mark.parametrize("n", range(4))
+        def test_fresh(fresh_domain, n):
+            pids.append(fresh_domain.pid)
+            assert fresh_domain.run(["test", "-e", "/tmp/mark"]).returncode == 1
+            assert fresh_domain.run(["touch", "/tmp/mark"]).returncode == 0
+            assert len(set(pids)) == 1
+
+        def test_end(fresh_domain):
+            fresh_domain.shutdown()
+
+        def test_another(fresh_domain):
+            assert fresh_domain.pid not in pids
+            assert fresh_domain.run(["test", "-e", "/tmp/mark"]).returncode == 1
+        """)
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    command = [sys.executable, "-m", "pytest", "-p", "nonroot.testing.plugin", "-p", "no:cacheprovider", "-q"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert "6 passed" in result.stdout, result.stdout + result.stderr

@@ -2,6 +2,8 @@ r"""The pytest plugin: fixtures that give tests a booted guest. Installed with n
 
 * ``domain``: a booted domain, shared by the tests of a module; the option ``--nonroot-scope`` or the ini option
   ``nonroot_scope`` makes it one per ``session``, ``package``, ``module``, ``class`` or ``function``.
+* ``fresh_domain``: for each test, a domain as it was when it was ready for its first command: it is booted once, and
+  goes back to its snapshot then.
 * ``make_domain``: a function that makes and starts further domains, which end with the test.
 * ``domain_options``: override it (in a conftest.py, or a module) to return arguments of :class:`nonroot.Domain`.
 
@@ -20,7 +22,7 @@ import pytest
 if TYPE_CHECKING:
     from nonroot.api import Domain
 
-__all__ = ["domain", "domain_options", "make_domain"]
+__all__ = ["domain", "domain_options", "fresh_domain", "make_domain"]
 
 SCOPES = ("session", "package", "module", "class", "function")
 CONSOLE_LINES = 30
@@ -63,6 +65,41 @@ def domain(request: pytest.FixtureRequest, domain_options: dict[str, Any]) -> "I
         made.destroy()
 
 
+@pytest.fixture(scope="session")
+def _nonroot_boots() -> "Iterator[dict[str, Domain]]":
+    boots: dict[str, Domain] = {}
+    yield boots
+    for one in boots.values():
+        one.destroy()
+
+
+@pytest.fixture
+def fresh_domain(
+    request: pytest.FixtureRequest, domain_options: dict[str, Any], _nonroot_boots: "dict[str, Domain]"
+) -> "Domain":
+    """A domain as it was after its boot. Tests with the same ``domain_options`` get the same one, put back for each.
+
+    One that cannot be put back, because a test ended it or attached devices, is booted anew.
+    """
+    from nonroot.errors import NonrootError
+
+    key = repr(sorted(domain_options.items()))
+    made = _nonroot_boots.pop(key, None)
+    if made is not None:
+        try:
+            if made.stopped is None:
+                made.revert()
+                _nonroot_boots[key] = made
+                return made
+        except (NonrootError, TimeoutError):
+            pass
+        made.destroy()
+    made = _nonroot_boots[key] = _boot(request.config, {"kept": True} | domain_options)
+    made.wait_ready()
+    made.snapshot()
+    return made
+
+
 @pytest.fixture
 def make_domain(request: pytest.FixtureRequest, domain_options: dict[str, Any]) -> "Iterator[Callable[..., Domain]]":
     """Makes domains (:class:`nonroot.Domain`'s arguments, on top of ``domain_options``) that end with the test."""
@@ -88,9 +125,10 @@ def pytest_runtest_makereport(
     if report.failed:
         made = item.stash.get(_used, None)
         domains = [] if made is None else made.copy()
-        shared = getattr(item, "funcargs", {}).get("domain")
-        if shared is not None and hasattr(shared, "console"):
-            domains.append(shared)
+        for name in ("domain", "fresh_domain"):
+            shared = getattr(item, "funcargs", {}).get(name)
+            if shared is not None and hasattr(shared, "console"):
+                domains.append(shared)
         for number, one in enumerate(domains):
             lines = one.console.text.splitlines()[-CONSOLE_LINES:]
             report.sections.append((f"console of domain {number}", "\n".join(lines)))
