@@ -7,6 +7,7 @@ from nonroot.domain.boot_cache import folder
 from nonroot.saved.container import Reader
 from tests.toolstack.conftest import Run
 from tests.toolstack.test_dom0 import create
+from tests.waiting import wait_until
 
 
 def names(nonroot: Run) -> dict[str, str]:
@@ -54,7 +55,7 @@ def test_forks(nonroot: Run, tiny: str) -> None:
     assert sorted(names(nonroot)) == ["alpha", "alpha-1", "alpha-2", "alpha-3", "trial"]
     assert nonroot("fork", "-n", "2", "--name", "x", "alpha").err == "nonroot: --name is for a single fork\n"
     assert nonroot("fork", "--name", "trial", "alpha").err == "nonroot: a domain named 'trial' is running already\n"
-    assert not [path for path in folder().iterdir() if path.name.startswith(".fork")]
+    wait_until(lambda: not [path for path in folder().iterdir() if path.name.startswith(".fork")])
 
 
 def test_refusals(nonroot: Run, tiny: str, tmp_path: Path) -> None:
