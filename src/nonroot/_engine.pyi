@@ -29,11 +29,14 @@ class Memory:
         """
     def remap(self, backing: int, fd: int, offset: int, private: bool) -> None:
         """Put a file with the same contents behind a backing, while nobody writes there. OSError."""
+    def remap_part(self, backing: int, start: int, length: int, fd: int, offset: int, private: bool) -> None:
+        """The same for ``length`` bytes from ``start`` on: whole pages. OSError; ValueError if they lie outside."""
     def revert(self, backing: int) -> None:
         """Have a private backing as its file is; flush the vCPUs afterwards. OSError."""
-    def write_private(self, backing: int, fd: int) -> int:
+    def write_private(self, backing: int, fd: int, gap: int = 0) -> list[tuple[int, int]]:
         """Write those pages of a private backing that are not its file's into another file, at the same offsets, while
-        nobody writes there. How many. OSError.
+        nobody writes there; and what lies between such that are at most ``gap`` pages apart. What was written, as
+        (offset, bytes) in ascending order. OSError.
         """
     def map(self, gfn: int, count: int, backing: int, offset: int, writable: bool = True) -> None:
         """Point ``count`` frames from ``gfn`` on at ``offset`` (bytes) of a backing. ValueError if out of range."""

@@ -10,7 +10,7 @@ import base64
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from nonroot.display.screen import HasScreen
 from nonroot.domain import boot_cache
+from nonroot.domain.child import Template
 from nonroot.domain.client import DomainClient, check_version
 from nonroot.domain.device_commands import HasDevices, drive_text
 from nonroot.domain.expect import Console
@@ -208,6 +209,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._name = name
         self._kept = kept
         self._keep_at: Path | None = None
+        self._fork_of: Sequence[int] = ()
         self.boot = "fresh"
         """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved``: from a file; ``fork``."""
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
@@ -254,7 +256,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             if options.saved is not None:
                 self.boot = "saved"
             if not self._go_on():
-                self._description = client.request("create", 300, **options.to_wire())
+                self._description = client.submit("create", options.to_wire(), fds=self._fork_of).wait(300)
             self._register()
             if self._want_console:
                 client.request("attach_console", 60)
@@ -343,13 +345,14 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :raises TransientError: a command is under way. :raises UnsupportedError: see :meth:`save`.
         """
         self._need()
+        Template.shared()
         pending = self._client.submit("fork")
         pending.wait(120)
-        described, ram = pending.fds
+        files = pending.fds
         children: list[Self] = []
         try:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                starts = [pool.submit(self._start_fork, described, ram) for _ in range(1 if count is None else count)]
+                starts = [pool.submit(self._start_fork, files) for _ in range(1 if count is None else count)]
             failures = [error for start in starts if (error := start.exception()) is not None]
             children = [start.result() for start in starts if start.exception() is None]
             if failures:
@@ -357,17 +360,17 @@ class Domain(RunsCommands, HasScreen, HasDevices):
                     child.destroy()
                 raise failures[0]
         finally:
-            os.close(described)
-            os.close(ram)
+            for file in files:
+                os.close(file)
         return children[0] if count is None else children
 
-    def _start_fork(self, described: int, ram: int) -> Self:
+    def _start_fork(self, files: Sequence[int]) -> Self:
         options = self._options
         child = type(self)(
             engine=options.engine, off=options.off, timeout=self._boot_timeout, console=self._want_console
         )
-        child._options.saved, child._options.ram = f"/proc/self/fd/{described}", f"/proc/self/fd/{ram}"
-        child._client.inherited = (described, ram)
+        child._options.saved, child._options.layers = f"/proc/self/fd/{files[0]}", list(files[1:])
+        child._fork_of = files
         child.start()
         child.boot = "fork"
         return child

@@ -1,12 +1,14 @@
 """RAM over a base file: what is written stays its own until it is shared, and can be forgotten."""
 
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
 
 from nonroot._engine import Memory
-from nonroot.hvm.guest_ram import GuestRam
+from nonroot.hvm.device import StateError
+from nonroot.hvm.guest_ram import MOST_LAYERS, GuestRam, RamBase
 from nonroot.hvm.memory_map import MemoryMap
 from nonroot.hvm.ram import close_files, create_ram
 
@@ -16,7 +18,7 @@ OFFSET = 8192
 
 
 class Ram:
-    def __init__(self, base: tuple[int, int] | None) -> None:
+    def __init__(self, base: RamBase | None) -> None:
         self.files: list[int] = []
         self.memory: Memory = create_ram(MemoryMap(SIZE), None, self.files, base)
         self.ram = GuestRam(self.memory, self.files, SIZE, base)
@@ -49,7 +51,7 @@ def base() -> Iterator[int]:
 
 @pytest.fixture
 def private(base: int) -> Iterator[Ram]:
-    ram = Ram((base, OFFSET))
+    ram = Ram(RamBase([(base, OFFSET)]))
     yield ram
     ram.close()
 
@@ -82,47 +84,112 @@ def test_others_see_it_once_it_is_shared(base: int, private: Ram) -> None:
     assert seen == [False]
 
 
-def test_frozen_memory_is_a_base_for_others(base: int, private: Ram) -> None:
+def fork(ram: Ram) -> Ram:
+    base = ram.ram.freeze()
+    described = RamBase.described(base.description(), [os.dup(file) for file, _ in base.layers], SIZE)
+    base.close()
+    child = Ram(described)
+    described.close()
+    return child
+
+
+def test_frozen_memory_is_a_base_for_others(private: Ram) -> None:
     private.memory.write(0x5000, b"parent")
-    fd = private.ram.freeze()
-    child = Ram((fd, 0))
-    os.close(fd)
+    child = fork(private)
     private.memory.write(0x5000, b"later!")
     child.memory.write(0x6000, b"child")
     assert child.memory.read(0x5000, 6) == b"parent"
     assert private.memory.read(0x6000, 5) == bytes(5)
-    fd = private.ram.freeze()
-    second = Ram((fd, 0))
-    os.close(fd)
+    second = fork(private)
     assert second.memory.read(0x5000, 6) == b"later!"
     assert child.memory.read(0x5000, 6) == b"parent"
     child.close()
     second.close()
 
 
+def test_generations_of_forks_keep_their_own(private: Ram) -> None:
+    """Layers over layers, until there are so many that they become one file."""
+    generator = random.Random(7)
+    expected = bytearray(private.all())
+    family: list[tuple[Ram, bytes]] = []
+    current = private
+    for generation in range(2 * MOST_LAYERS):
+        for _ in range(generator.randrange(40)):
+            place, data = generator.randrange(SIZE - 20000), generator.randbytes(generator.randrange(1, 20000))
+            current.memory.write(place, data)
+            expected[place : place + len(data)] = data
+        child = fork(current)
+        assert child.all() == current.all() == expected
+        family.append((current, bytes(expected)))
+        if generation % 5 != 4:
+            current = child
+        else:
+            child.close()
+            family.pop()
+    family.append((current, bytes(expected)))
+    for ram, contents in family:
+        assert ram.all() == contents
+    for ram, contents in family:
+        ram.ram.share()
+        assert ram.file() == ram.all() == contents
+        if ram is not private:
+            ram.close()
+
+
 def test_what_was_written_can_be_forgotten(private: Ram) -> None:
-    os.close(private.ram.freeze())
+    private.memory.write(0x7000, b"kept")
+    private.ram.remember()
     private.memory.write(0x5000, b"after!")
     private.memory.write(0x900000, b"x" * 100_000)
-    for shared in (False, True):
-        if shared:
+    for then in ("nothing", "share", "fork", "fork and write"):
+        if then == "share":
             private.ram.share()
+        elif then != "nothing":
+            fork(private).close()
+        if then == "fork and write":
+            private.memory.write(0x7000, b"lost")
         private.ram.revert()
         assert private.memory.read(0x5000, 6) == b"before"
+        assert private.memory.read(0x7000, 4) == b"kept"
         assert private.memory.read(0x900000, 100_000) == bytes(100_000)
         private.memory.write(0x5000, b"again!")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"layers": [1], "runs": []},
+        {"layers": [0, 0], "runs": []},
+        {"layers": [0], "runs": [0, 4096]},
+        {"layers": [0], "runs": [0, 4096, 1]},
+        {"layers": [1 << 30], "runs": []},
+        {"layers": [], "runs": []},
+        {"runs": []},
+        [],
+    ],
+)
+def test_descriptions_that_are_not_of_these_files(base: int, record: object) -> None:
+    with pytest.raises(StateError):
+        RamBase.described(record, [base], SIZE)
+
+
+@pytest.mark.parametrize("runs", [[4096, 4096, 1, 0, 4096, 1], [0, 0, 1], [0, 100, 1], [SIZE, 4096, 1], [0, 4096, 0]])
+def test_pieces_that_are_none(base: int, runs: list[int]) -> None:
+    with pytest.raises(StateError):
+        RamBase.described({"layers": [0, 0], "runs": runs}, [base, base], SIZE)
 
 
 def test_ordinary_memory_is_shared_and_can_be_frozen() -> None:
     ram = Ram(None)
     assert ram.ram.is_private is False
     ram.memory.write(0x1000, b"a")
-    fd = ram.ram.freeze()
+    ram.ram.remember()
+    base = ram.ram.freeze()
     ram.memory.write(0x1000, b"b")
-    assert os.pread(fd, 1, 0x1000) == b"a"
+    assert os.pread(base.layers[0][0], 1, 0x1000) == b"a"
     ram.ram.revert()
     assert ram.memory.read(0x1000, 1) == b"a"
-    os.close(fd)
+    base.close()
     ram.close()
 
 

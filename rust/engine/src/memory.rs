@@ -74,12 +74,25 @@ impl Memory {
         self.inner.remap(backing, fd, offset, private).map_err(error)
     }
 
+    fn remap_part(
+        &self,
+        backing: usize,
+        start: u64,
+        length: u64,
+        fd: i32,
+        offset: u64,
+        private: bool,
+    ) -> PyResult<()> {
+        self.inner.remap_part(backing, start, Some(length), fd, offset, private).map_err(error)
+    }
+
     fn revert(&self, backing: usize) -> PyResult<()> {
         self.inner.revert(backing).map_err(error)
     }
 
-    fn write_private(&self, py: Python<'_>, backing: usize, fd: i32) -> PyResult<usize> {
-        py.detach(|| self.inner.write_private(backing, fd)).map_err(error)
+    #[pyo3(signature = (backing, fd, gap = 0))]
+    fn write_private(&self, py: Python<'_>, backing: usize, fd: i32, gap: u64) -> PyResult<Vec<(u64, u64)>> {
+        py.detach(|| self.inner.write_private(backing, fd, gap)).map_err(error)
     }
 
     #[pyo3(signature = (gfn, count, backing, offset, writable = true))]

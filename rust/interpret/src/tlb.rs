@@ -13,7 +13,7 @@
 use crate::audit::Invalidated;
 use crate::cpu::Cpu;
 use crate::state::*;
-use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
+use std::ops::{Deref, DerefMut};
 
 /// Entries of one kind in one context.
 pub const ENTRIES: usize = 1024;
@@ -114,6 +114,9 @@ impl Set {
     }
 
     fn clear(&mut self) {
+        if self.filled == 0 && self.jumps_filled == 0 {
+            return;
+        }
         if self.filled <= LOG {
             for n in 0..self.filled {
                 let slot = self.log[n] as usize;
@@ -318,7 +321,7 @@ pub struct Tlb {
     pub current: *mut Set,
     /// Current asid (1..=4095).
     pub asid: u64,
-    spaces: Box<[Space; SPACES]>,
+    spaces: Spaces,
     /// Whose entries each space has; 0: nobody's.
     owner: [u64; SPACES],
     /// When each space was last switched to.
@@ -349,18 +352,45 @@ pub struct Tlb {
 // SAFETY: `current` points into `spaces`, which this object owns.
 unsafe impl Send for Tlb {}
 
+/// All sets. Their memory is the host's zeroes until it is used: allocated with their alignment it would be filled with
+/// zeroes, which takes as long as all the rest of making a vCPU.
+struct Spaces {
+    /// Owns what `place` points into; it is never touched itself.
+    _memory: Vec<u8>,
+    place: *mut [Space; SPACES],
+}
+
+impl Spaces {
+    fn zeroed() -> Spaces {
+        let mut memory = vec![0u8; size_of::<[Space; SPACES]>() + align_of::<[Space; SPACES]>()];
+        let start = memory.as_mut_ptr();
+        let pad = start.align_offset(align_of::<[Space; SPACES]>());
+        // SAFETY: the allocation is larger than the type by its alignment, so the pad lies inside.
+        let place = unsafe { start.add(pad).cast() };
+        Spaces { _memory: memory, place }
+    }
+}
+
+impl Deref for Spaces {
+    type Target = [Space; SPACES];
+
+    fn deref(&self) -> &[Space; SPACES] {
+        // SAFETY: aligned, inside of the allocation, and initialised: a Space is plain old data for which all zeroes is
+        // a valid value (and, but for the first slots, an empty one). Nothing else refers to the bytes.
+        unsafe { &*self.place }
+    }
+}
+
+impl DerefMut for Spaces {
+    fn deref_mut(&mut self) -> &mut [Space; SPACES] {
+        // SAFETY: as above, and self is borrowed for as long.
+        unsafe { &mut *self.place }
+    }
+}
+
 impl Default for Tlb {
     fn default() -> Self {
-        let layout = Layout::new::<[Space; SPACES]>();
-        // SAFETY: the layout is that of the type and not empty; a Space is plain old data for
-        // which all zeroes is a valid value (and, but for the first slots, an empty one).
-        let mut spaces: Box<[Space; SPACES]> = unsafe {
-            let zeroed = alloc_zeroed(layout);
-            if zeroed.is_null() {
-                handle_alloc_error(layout);
-            }
-            Box::from_raw(zeroed.cast())
-        };
+        let mut spaces = Spaces::zeroed();
         for set in spaces.iter_mut().flatten() {
             set.entries[0] = Set::nothing(0);
             set.jumps[..JUMP_WAYS].fill(Set::no_jump(0));

@@ -6,7 +6,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Mutex;
 
 /// Bytes in a guest frame.
@@ -81,6 +81,8 @@ pub enum MemoryError {
 pub struct Memory {
     backings: Mutex<Vec<Backing>>,
     top: Box<[AtomicPtr<Leaf>]>,
+    /// Entries of `top` beyond this are not used.
+    top_used: AtomicUsize,
     stale_code: Mutex<Vec<u64>>,
     stale_pending: AtomicBool,
     generation: AtomicU64,
@@ -103,12 +105,16 @@ impl Default for Memory {
 impl Memory {
     /// An empty memory: no backing, no frame.
     pub fn new() -> Self {
-        let top = (0..TOP_ENTRIES).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
+        // Zeroes of the host's, which cost nothing until they are used.
+        let zeroes = Box::into_raw(vec![0usize; TOP_ENTRIES].into_boxed_slice());
+        // SAFETY: an AtomicPtr has the layout of a usize, and all zeroes are a null pointer.
+        let top = unsafe { Box::from_raw(zeroes as *mut [AtomicPtr<Leaf>]) };
         Memory {
             backings: Mutex::new(Vec::new()),
             top,
             stale_code: Mutex::new(Vec::new()),
             stale_pending: AtomicBool::new(false),
+            top_used: AtomicUsize::new(0),
             generation: AtomicU64::new(0),
             dirty_generation: AtomicU64::new(0),
         }
@@ -151,15 +157,33 @@ impl Memory {
     /// Puts another file behind a backing, at the same host addresses, so that nothing that refers to them need be
     /// told. Its contents must be the same, and nobody may write to the backing meanwhile.
     pub fn remap(&self, backing: usize, fd: i32, offset: u64, private: bool) -> Result<(), MemoryError> {
+        self.remap_part(backing, 0, None, fd, offset, private)
+    }
+
+    /// The same for `length` bytes (whole pages; None: all that follow) from `start` of a backing on.
+    pub fn remap_part(
+        &self,
+        backing: usize,
+        start: u64,
+        length: Option<u64>,
+        fd: i32,
+        offset: u64,
+        private: bool,
+    ) -> Result<(), MemoryError> {
         let offset = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange)?;
         let backings = self.backings.lock().unwrap();
         let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
-        // SAFETY: the range is a mapping of this object's own, of this size, which one of the same size replaces in one
-        // step; guest memory is only touched through raw pointers and atomics, which stay valid.
+        let rest = b.size.checked_sub(start).ok_or(MemoryError::BadBacking)?;
+        let length = length.unwrap_or(rest);
+        if length == 0 || length > rest || (start | length) % PAGE_SIZE != 0 {
+            return Err(MemoryError::BadBacking);
+        }
+        // SAFETY: the range is inside of a mapping of this object's own, as was checked above; one of the same size
+        // replaces it in one step. Guest memory is only touched through raw pointers and atomics, which stay valid.
         let result = unsafe {
             libc::mmap(
-                b.base.cast(),
-                b.size as usize,
+                b.base.add(start as usize).cast(),
+                length as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
                 sharing(private) | libc::MAP_NORESERVE | libc::MAP_FIXED,
                 fd,
@@ -186,9 +210,10 @@ impl Memory {
         Ok(())
     }
 
-    /// Writes the pages of a private backing that are this process's own into a file, each at its offset. Returns how
-    /// many there are.
-    pub fn write_private(&self, backing: usize, fd: i32) -> Result<usize, MemoryError> {
+    /// Writes the pages of a private backing that are this process's own into a file, each at its offset. Returns what
+    /// was written, as (offset, length) in ascending order. Pages between such that are no more than `gap` apart are
+    /// written too, so that there are fewer pieces.
+    pub fn write_private(&self, backing: usize, fd: i32, gap: u64) -> Result<Vec<(u64, u64)>, MemoryError> {
         let (base, size) = {
             let backings = self.backings.lock().unwrap();
             let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
@@ -197,35 +222,36 @@ impl Memory {
         let system = |error: std::io::Error| MemoryError::System(error.raw_os_error().unwrap_or(0));
         let map = std::fs::File::open("/proc/self/pagemap").map_err(system)?;
         let mut entries = vec![0u8; (PAGEMAP_PIECE * 8) as usize];
-        let (mut page, pages, mut count) = (0u64, size >> PAGE_SHIFT, 0usize);
+        let mut runs: Vec<(u64, u64)> = Vec::new(); // first page, pages
+        let (mut page, pages) = (0u64, size >> PAGE_SHIFT);
         while page < pages {
             let piece = PAGEMAP_PIECE.min(pages - page);
             let entries = &mut entries[..(piece * 8) as usize];
             map.read_exact_at(entries, ((base as u64 >> PAGE_SHIFT) + page) * 8).map_err(system)?;
-            let own = |index: u64| {
-                let at = (index * 8) as usize;
-                let entry = u64::from_le_bytes(entries[at..at + 8].try_into().unwrap());
-                entry & PAGEMAP_THERE != 0 && entry & PAGEMAP_FILE == 0
-            };
-            let mut index = 0;
-            while index < piece {
-                let first = index;
-                while index < piece && own(index) {
-                    index += 1;
+            for (index, entry) in entries.chunks_exact(8).enumerate() {
+                let entry = u64::from_le_bytes(entry.try_into().unwrap());
+                if entry & PAGEMAP_THERE == 0 || entry & PAGEMAP_FILE != 0 {
+                    continue;
                 }
-                if index > first {
-                    count += (index - first) as usize;
-                    let offset = (page + first) << PAGE_SHIFT;
-                    let length = (index - first) << PAGE_SHIFT;
-                    // SAFETY: inside of the backing's mapping, which lives as long as self.
-                    unsafe { write_all_at(fd, base.add(offset as usize), length as usize, offset)? };
-                } else {
-                    index += 1;
+                let own = page + index as u64;
+                match runs.last_mut() {
+                    Some((first, count)) if own - (*first + *count) <= gap => *count = own + 1 - *first,
+                    _ => runs.push((own, 1)),
                 }
             }
             page += piece;
         }
-        Ok(count)
+        for (first, count) in &mut runs {
+            *first <<= PAGE_SHIFT;
+            *count <<= PAGE_SHIFT;
+            // SAFETY: inside of the backing's mapping, which lives as long as self.
+            unsafe { write_all_at(fd, base.add(*first as usize), *count as usize, *first)? };
+        }
+        Ok(runs)
+    }
+
+    fn used(&self) -> &[AtomicPtr<Leaf>] {
+        &self.top[..self.top_used.load(Ordering::Acquire)]
     }
 
     fn slot(&self, gfn: u64, create: bool) -> Option<&AtomicU64> {
@@ -238,6 +264,7 @@ impl Memory {
             }
             let fresh: Box<Leaf> = Box::new(std::array::from_fn(|_| AtomicU64::new(0)));
             let raw = Box::into_raw(fresh);
+            self.top_used.fetch_max(top + 1, Ordering::AcqRel);
             match cell.compare_exchange(ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => leaf = raw,
                 Err(other) => {
@@ -356,7 +383,7 @@ impl Memory {
     pub fn runs(&self) -> Vec<Run> {
         let backings = self.backings.lock().unwrap();
         let mut out: Vec<Run> = Vec::new();
-        for (t, cell) in self.top.iter().enumerate() {
+        for (t, cell) in self.used().iter().enumerate() {
             let leaf = cell.load(Ordering::Acquire);
             if leaf.is_null() {
                 continue;
@@ -582,7 +609,7 @@ impl Memory {
     /// Frames written since the last call, in order; clears the log.
     pub fn take_dirty(&self) -> Vec<u64> {
         let mut out = Vec::new();
-        for (t, cell) in self.top.iter().enumerate() {
+        for (t, cell) in self.used().iter().enumerate() {
             let leaf = cell.load(Ordering::Acquire);
             if leaf.is_null() {
                 continue;
@@ -648,7 +675,7 @@ unsafe fn write_all_at(fd: i32, from: *const u8, length: usize, offset: u64) -> 
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        for cell in self.top.iter() {
+        for cell in self.used().iter() {
             let leaf = cell.load(Ordering::Acquire);
             if !leaf.is_null() {
                 // SAFETY: leaves come from Box::into_raw in slot().

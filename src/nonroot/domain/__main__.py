@@ -8,16 +8,17 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 gc.disable()  # until everything is loaded: there is no garbage yet, only much to look through
 
 from nonroot.domain import host  # noqa: E402
 from nonroot.domain.process import DomainProcess  # noqa: E402
 
-__all__ = ["main"]
+__all__ = ["main", "serve"]
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Serve until the domain ends; never returns."""
     parser = argparse.ArgumentParser(prog="python -m nonroot.domain", description="The process of one domain.")
     parser.add_argument("--control-fd", type=int, required=True, help="a connected Unix stream socket")
@@ -26,18 +27,23 @@ def main() -> None:
     faulthandler.enable()
     gc.freeze()
     gc.enable()
+    control = socket.socket(fileno=options.control_fd)
+    os.set_inheritable(options.control_fd, False)
+    serve(control, options.socket)
+
+
+def serve(control: socket.socket, path: str | None = None) -> NoReturn:
+    """Be the process of one domain, with a client at ``control``, and further ones at ``path``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's business
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     host.die_with_parent()
     host.name_process("nonroot-domain")
     listener = None
-    if options.socket:
+    if path:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         os.umask(0o077)
-        listener.bind(options.socket)
+        listener.bind(path)
         listener.listen(8)
-    control = socket.socket(fileno=options.control_fd)
-    os.set_inheritable(options.control_fd, False)
     status = 0
     try:
         DomainProcess(control, listener).run()
@@ -47,8 +53,8 @@ def main() -> None:
         sys.excepthook(*sys.exc_info())
         status = 1
     finally:
-        if options.socket:
-            Path(options.socket).unlink(missing_ok=True)
+        if path:
+            Path(path).unlink(missing_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # the vCPU's thread need not be asked: memory is all that it has

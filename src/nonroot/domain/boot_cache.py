@@ -24,7 +24,7 @@ MOST_BYTES: Final = 1 << 30
 MOST_BOOTS: Final = 32
 DRAFT_SECONDS: Final = 3600
 """A file that is not complete after so long is nobody's."""
-IRRELEVANT: Final = ("name", "domid", "saved", "kept", "ram")
+IRRELEVANT: Final = ("name", "domid", "saved", "kept", "layers")
 """Options that the guest does not notice."""
 
 

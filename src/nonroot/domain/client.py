@@ -12,20 +12,19 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from nonroot.domain import host
+from nonroot.domain.child import DEFAULT_PROGRAM, Child, Template, process_environment, start_program
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
 from nonroot.errors import DomainLostError, InternalError, NonrootError, TransientError, error_from_wire
 
-__all__ = ["PROGRAM", "DomainClient", "Pending"]
+__all__ = ["PROGRAM", "DomainClient", "Pending", "process_environment"]
 
-PROGRAM = [sys.executable, "-P", "-c", "from nonroot.domain.__main__ import main; main()"]
+PROGRAM = list(DEFAULT_PROGRAM)
 """What is run as a domain's process."""
 
 
@@ -69,8 +68,6 @@ class DomainClient:
         self.on_console: Callable[[bytes], None] = lambda data: None
         self.on_stream: Callable[[Kind, bytes], None] | None = None
         self.on_lost: Callable[[NonrootError], None] = lambda error: None
-        self.inherited: Sequence[int] = ()
-        """Descriptors that the process gets, with the same numbers."""
         self.pid = 0
         self._credit = 0
         self._credit_changed = threading.Condition()
@@ -80,7 +77,7 @@ class DomainClient:
         self._closing = False
         self._lost: NonrootError | None = None
         self._socket: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._trace_fd = -1
         self._thread: threading.Thread | None = None
 
@@ -175,14 +172,17 @@ class DomainClient:
 
     # ── requests ──
 
-    def submit(self, method: str, params: dict[str, Any] | None = None, blob: bytes = b"") -> Pending:
-        """Send a request. DomainLostError if the process has gone."""
+    def submit(
+        self, method: str, params: dict[str, Any] | None = None, blob: bytes = b"", fds: Sequence[int] = ()
+    ) -> Pending:
+        """Send a request; ``fds`` are copied to the domain. DomainLostError if the process has gone."""
         with self._lock:
             pending = Pending(self, self._next)
             self._next += 1
             self._pending[pending.number] = pending
         try:
-            self._send(pack_json({"id": pending.number, "method": method, "params": params or {}}, blob))
+            record = {"id": pending.number, "method": method, "params": params or {}}
+            self._send(pack_json(record, blob), fds)
         except NonrootError:
             self._pending.pop(pending.number, None)
             raise
@@ -218,12 +218,13 @@ class DomainClient:
         with self._credit_changed:
             self._credit_changed.notify_all()
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         if self._socket is None or self._lost is not None or self._closing:
             raise self._lost or DomainLostError("the domain has ended")
         try:
             with self._lock:
-                self._socket.sendall(data)
+                sent = socket.send_fds(self._socket, [data], list(fds)) if fds else 0
+                self._socket.sendall(memoryview(data)[sent:])
         except OSError:
             raise self._lost_error() from None
 
@@ -254,18 +255,11 @@ class DomainClient:
         self._fail_all(reason)
 
     def _start_process(self, theirs: socket.socket) -> None:
-        command = [*self._program, "--control-fd", str(theirs.fileno())]
-        with open(os.devnull, "rb") as null:  # noqa: PTH123
-            self._process = subprocess.Popen(
-                command,
-                stdin=null,
-                stdout=self._trace_fd,
-                stderr=self._trace_fd,
-                pass_fds=[theirs.fileno(), *self.inherited],
-                env=process_environment(),
-                cwd="/",
-                start_new_session=True,
-            )
+        child = None
+        if self._program == DEFAULT_PROGRAM:
+            template = Template.for_another()
+            child = None if template is None else template.start(theirs, self._trace_fd)
+        self._process = child or start_program(self._program, theirs, self._trace_fd)
         self.pid = self._process.pid
 
     def _receive(self) -> NonrootError:
@@ -349,18 +343,6 @@ class DomainClient:
         self.wake_senders()
         if not self._closing:
             self.on_lost(error)
-
-
-def process_environment() -> dict[str, str]:
-    """Ours, such that a new Python finds this package."""
-    package = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ)
-    search = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if package.name not in ("site-packages", "dist-packages"):
-        search.append(str(package))
-    if search:
-        environment["PYTHONPATH"] = os.pathsep.join(search)
-    return environment
 
 
 def check_version(record: dict[str, Any]) -> None:

@@ -1,16 +1,19 @@
 """One client of a domain's process, as its loop sees it: what waits for it, and what it sends."""
 
+import os
 import selectors
 import socket
 from collections import deque
 from typing import Any, Protocol
 
 from nonroot.domain.wire import Kind, Message, WireDecoder, WireError, pack, pack_json
-from nonroot.errors import NonrootError
+from nonroot.errors import BadOptionError, NonrootError
 
 __all__ = ["Connection", "Process"]
 
 SEND_SIZE = 1 << 18
+MOST_FDS = 64
+"""Descriptors that come with one piece."""
 
 
 class Process(Protocol):
@@ -43,6 +46,7 @@ class Connection:
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self._waiting = 0
         self._writing = False
+        self._received: list[int] = []
 
     # ── what a session's client is ──
 
@@ -110,16 +114,30 @@ class Connection:
             self.write()
         if events & selectors.EVENT_READ:
             try:
-                data = self.socket.recv(1 << 18)
+                data, fds, _, _ = socket.recv_fds(self.socket, 1 << 18, MOST_FDS)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
+                data, fds = b"", []
+            self._received += fds
             if not data:
+                self._drop_received()
                 self._process.gone(self)
                 return
             try:
                 for message in self._decoder.feed(data):
                     self._process.message(self, message)
             except WireError:
+                self._drop_received()
                 self._process.gone(self)
+
+    def take_fds(self, count: object) -> list[int]:
+        """The next descriptors that the client has sent, for a request that says how many are its. BadOptionError."""
+        if not isinstance(count, int) or not 0 <= count <= len(self._received):
+            raise BadOptionError(f"{count!r} descriptors were not sent")
+        taken, self._received[:] = self._received[:count], self._received[count:]
+        return taken
+
+    def _drop_received(self) -> None:
+        while self._received:
+            os.close(self._received.pop())

@@ -115,8 +115,8 @@ class DomainOptions:
     """The file of a saved domain to go on from; what the machine is made of is in there."""
     kept: bool = False
     """That file is a boot that was kept: its memory is mapped as it lies there, without a look at its checksums."""
-    ram: str | None = None
-    """The file with that domain's RAM, over which ours is private; it is not in the other then."""
+    layers: list[int] = field(default_factory=list)
+    """Descriptors of the files with that domain's RAM, over which ours is private; it is not in the other then."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 

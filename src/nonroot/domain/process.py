@@ -22,7 +22,7 @@ from nonroot.domain.display import DisplayService
 from nonroot.domain.frames import FrameDecoder, FrameError
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.requests import DisplayRequests
-from nonroot.domain.runner import Runner, Stop
+from nonroot.domain.runner import INHERITED, Runner, Stop
 from nonroot.domain.save_requests import SaveRequests
 from nonroot.domain.wire import VERSION, Kind, Message
 from nonroot.errors import (
@@ -206,6 +206,9 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         if self._runner is not None:
             raise NotRunningError("this process has its domain already")
         options = DomainOptions.from_wire(params)
+        if options.layers:  # descriptors, as the client numbers them: its own come with the request
+            records, *options.layers = connection.take_fds(len(options.layers) + 1)
+            options.saved = f"{INHERITED}{records}"
         options.check()
         runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
         self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())

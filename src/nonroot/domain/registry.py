@@ -29,6 +29,7 @@ __all__ = ["ZERO_NAME", "Entry", "Registration", "check_name", "entries", "find"
 ZERO_NAME: Final = "Domain-0"
 """What xl's users call the control process; no domain is named so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+AGAIN: Final = "again"
 MAX_ENTRY = 1 << 16
 """Bytes of an entry."""
 _LONGEST = 100
@@ -89,12 +90,16 @@ def allocate_domid(taken: Iterable[int] = ()) -> int:
 
     Numbers grow, and begin anew after :data:`LAST_DOMID`. TransientError.
     """
-    used = {entry.facts.get("domid") for entry in entries()} | set(taken)
     with (runtime_dir() / "next-domid").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        text = file.read(20).strip()
+        # The number, and a word once numbers have been used before: only then is it worth the time to look who has one.
+        text, _, again = file.read(40).strip().partition(" ")
         number = int(text) if text.isdigit() else 1
+        if number > LAST_DOMID or not text:
+            again = AGAIN
+        used = {entry.facts.get("domid") for entry in entries()} if again else set()
+        used |= set(taken)
         for _ in range(LAST_DOMID):
             number = number if 1 <= number <= LAST_DOMID else 1
             if number not in used:
@@ -103,7 +108,7 @@ def allocate_domid(taken: Iterable[int] = ()) -> int:
         else:
             raise TransientError("there are no numbers left for another domain")
         file.truncate(0)
-        file.write(f"{number + 1}\n")
+        file.write(f"{number + 1} {again}\n")
     return number
 
 
@@ -122,7 +127,7 @@ class Registration:
                 raise BadOptionError(f"a domain named {name!r} is running already")
             self.name, self._fd = name, found
         else:
-            self.name, self._fd = self._any(folder)
+            self.name, self._fd = self._any(folder, facts.get("domid"))
         self.socket_path = folder / f"{self.name}.sock"
         self.socket_path.unlink(missing_ok=True)
         self._path = folder / f"{self.name}.json"
@@ -131,8 +136,10 @@ class Registration:
         self.describe(**facts)
 
     @staticmethod
-    def _any(folder: Path) -> tuple[str, int]:
-        for number in range(1, 10_000):
+    def _any(folder: Path, hint: object) -> tuple[str, int]:
+        """The first free name; from the domain's number on, if it has one, since that is its own."""
+        first = hint if isinstance(hint, int) and hint > 0 else 1
+        for number in range(first, first + 10_000):
             name = f"domain-{number}"
             fd = _take(folder, name)
             if fd is not None:

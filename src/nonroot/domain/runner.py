@@ -211,8 +211,7 @@ class Runner:
             machine = Machine(config, select.create(self._choice.engine), self._outputs())
         finally:
             if base is not None:
-                os.close(base[0])
-            _close_inherited(options.ram)
+                base.close()
         if (self.xen is None) != (saved.store is None):
             raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
         fill(machine, saved)
@@ -259,7 +258,7 @@ class Runner:
         """Remember this state, instead of an earlier one; the vCPU stands, and this is its thread."""
         store = None if self.xen is None else self.xen.saved()
         records = take(self._machine)
-        os.close(self._machine.ram.freeze())
+        self._machine.ram.remember()
         self._snapshot = (records, store, (0, 0) if self.xen is None else self.xen.changes())
         return {}
 

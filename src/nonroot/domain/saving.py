@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from nonroot.domain.options import DomainOptions
 from nonroot.engines.policy import CpuPolicy
 from nonroot.errors import BadFileError, BadOptionError, TransientError, UnsupportedError
 from nonroot.hvm.device import StateError
+from nonroot.hvm.guest_ram import RamBase
 from nonroot.hvm.ram import data_extents, ram_file
 from nonroot.hvm.saved import restore, take
 from nonroot.saved.container import PAGE_SIZE, Reader, Writer
@@ -57,6 +57,8 @@ class Saved:
     """Whether the agent uses the serial line; None if it has not said anything."""
     store: Fields | None
     """Its nodes and watches in XenStore."""
+    ram: object
+    """Of a fork: see :class:`~nonroot.hvm.guest_ram.RamBase`."""
 
 
 def cpu_digest(policy: CpuPolicy) -> str:
@@ -123,16 +125,16 @@ def write_fork(
     """
     facts = _facts(machine, options, command_line, by_serial, greeting, xen)
     records = take(machine)
-    with tempfile.TemporaryDirectory(prefix="nonroot-fork-") as folder:
-        path = Path(folder) / "records"
-        with Writer(path, durable=False) as writer:
-            _put(writer, facts, records, None)
-        described = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    base = machine.ram.freeze()
+    described = os.memfd_create("nonroot-records", os.MFD_CLOEXEC)
     try:
-        return [described, machine.ram.freeze()]
+        with Writer("the records", packed=False, durable=False, file=described) as writer:
+            _put(writer, facts | {"ram": base.description()}, records, None)
     except BaseException:
         os.close(described)
+        base.close()
         raise
+    return [described, *(file for file, _ in base.layers)]
 
 
 def _facts(
@@ -144,7 +146,7 @@ def _facts(
     xen: "XenServices | None",
 ) -> dict[str, Any]:
     return {
-        "options": options.to_wire() | {"saved": None, "kept": False, "ram": None},
+        "options": options.to_wire() | {"saved": None, "kept": False, "layers": []},
         "protocol": machine.protocol,
         "command_line": command_line,
         "cpu": cpu_digest(machine.policy),
@@ -184,7 +186,7 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             domid=asked.domid,
             saved=os.fspath(path),
             kept=asked.kept,
-            ram=asked.ram,
+            layers=asked.layers,
         )
         by_serial = record.get("by_serial")
         if by_serial not in (None, True, False):
@@ -199,23 +201,20 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             fields.data("greeting", 1 << 16),
             by_serial,
             None if record.get("store") is None else fields.inner("store"),
+            record.get("ram"),
         )
     except (StateError, BadOptionError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadFileError(f"{path} is no saved domain that could be restored: {error}") from None
 
 
-def image(saved: Saved) -> tuple[int, int] | None:
-    """(a new descriptor, offset) of RAM that is to be mapped; None: it is to be read. BadFileError."""
+def image(saved: Saved) -> RamBase | None:
+    """What RAM is that is to be mapped; the caller closes it. None: it is to be read. BadFileError."""
     options = saved.options
-    if options.ram is not None:
+    if options.layers:
         try:
-            fd = os.open(options.ram, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadFileError(f"the memory {options.ram} cannot be read: {error.strerror}") from None
-        if os.fstat(fd).st_size != options.memory:
-            os.close(fd)
-            raise _bad(saved, "its memory has another size")
-        return fd, 0
+            return RamBase.described(saved.ram, options.layers, options.memory)
+        except (StateError, OSError) as error:
+            raise _bad(saved, str(error)) from None
     if not options.kept:
         return None
     with Reader(saved.path) as reader:
@@ -224,7 +223,7 @@ def image(saved: Saved) -> tuple[int, int] | None:
         place = reader.image(RAM)
     if place is None:
         raise _bad(saved, "its memory does not lie there as it is")
-    return place
+    return RamBase([place])
 
 
 def fill(machine: "Machine", saved: Saved) -> None:
@@ -234,7 +233,7 @@ def fill(machine: "Machine", saved: Saved) -> None:
             f"{saved.path} cannot be restored here: its guest was running on a CPU with other features"
         )
     with Reader(saved.path) as reader:
-        if reader.memories != ({RAM: saved.options.memory} if saved.options.ram is None else {}):
+        if reader.memories != ({} if saved.options.layers else {RAM: saved.options.memory}):
             raise _bad(saved, "its memory has another size")
         try:
             if not machine.ram.is_private:

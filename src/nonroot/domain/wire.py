@@ -8,7 +8,7 @@ bytes; the other kinds are raw streams. Described in docs/agent.md, "The control
   ``{"id": 7, "error": {"code": …, "message": …, "details": {…}}}``
 * event (domain → client): ``{"event": "stopped", …}``
 
-File descriptors travel beside the reply that names their number as ``"fds"``.
+File descriptors travel beside the request or reply that names their number as ``"fds"``.
 """
 
 import json

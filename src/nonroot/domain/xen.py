@@ -19,9 +19,10 @@ from nonroot.hvm.device import StateError
 from nonroot.saved.fields import Fields
 from nonroot.xen.config import LAST_DOMID
 from nonroot.xen.host import STORE_GFN, XenHost
-from nonroot.xenstore.client import Requests, XenStore
+from nonroot.xenstore.client import Request, Requests, XenStore, asking, permitting, texts, writing
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
 from nonroot.xenstore.relay import Relay
+from nonroot.xenstore.wire import Kind
 
 __all__ = ["StoreLink", "XenServices", "start_time"]
 
@@ -39,6 +40,8 @@ OWN_NODES: Final = (
 """Nodes that the guest may write."""
 HOSTS_NODES: Final = ("name", "domid", "console/tty", "memory/static-max")
 """Nodes that say what this domain is, whatever it was before."""
+OFTEN_SWEPT: Final = 16
+"""With more domains than this, one in so many new ones looks for those that are dead."""
 MOST_NODES: Final = 4096
 
 
@@ -198,7 +201,7 @@ class XenServices:
         if link is None or not link.idle:
             raise TransientError("the guest is in the middle of a request to XenStore", again=True)
         nodes: list[list[str]] = []
-        self._collect("", nodes)
+        self._collect(nodes)
         watches, begun = link.saved()
         return {
             "domid": self.domid,
@@ -220,15 +223,18 @@ class XenServices:
             for attempt in self.store.transaction():
                 with attempt as t:
                     kilobytes = str(self._memory >> 10)
-                    for path, text in zip(HOSTS_NODES, (self._name, str(self.domid), "", kilobytes), strict=True):
-                        t.write(f"{self.home}/{path}", text)
+                    requests = [
+                        writing(f"{self.home}/{path}", text)
+                        for path, text in zip(HOSTS_NODES, (self._name, str(self.domid), "", kilobytes), strict=True)
+                    ]
                     for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
                         if path in HOSTS_NODES or path.startswith("/"):
                             continue
                         node = f"{self.home}/{path}" if path else self.home
                         if path:
-                            t.write(node, self._renamed(value, before))
-                        t.set_permissions(node, [_for(p, old, self.domid) for p in permissions.split()])
+                            requests.append(writing(node, self._renamed(value, before)))
+                        requests.append(permitting(node, [_for(p, old, self.domid) for p in permissions.split()]))
+                    t.do_all(requests)
         except (ValueError, XenStoreError) as error:
             raise StateError(f"XenStore state: {error}") from None
         if self._link is not None:
@@ -249,7 +255,7 @@ class XenServices:
             link.restart()
         kept = set(record.texts("nodes")[::3])
         now: list[list[str]] = []
-        self._collect("", now)
+        self._collect(now)
         for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
             if path not in HOSTS_NODES:
                 self.store.rm(f"{self.home}/{path}")
@@ -266,14 +272,25 @@ class XenServices:
             return self.home.encode() + value[len(old) :]
         return value
 
-    def _collect(self, path: str, nodes: list[list[str]]) -> None:
-        node = f"{self.home}/{path}" if path else self.home
-        value = self.store.read_bytes(node) or b""
-        nodes.append([path, value.hex(), " ".join(self.store.get_permissions(node))])
-        if len(nodes) > MOST_NODES:
-            raise TransientError("the domain has too many nodes in XenStore to be saved")
-        for name in self.store.ls(node):
-            self._collect(f"{path}/{name}" if path else name, nodes)
+    def _collect(self, nodes: list[list[str]]) -> None:
+        """All nodes, parents before their children: path, value and permissions."""
+        level = [""]
+        while level:
+            places = [f"{self.home}/{path}" if path else self.home for path in level]
+            kinds = Kind.READ, Kind.GET_PERMS, Kind.DIRECTORY
+            replies = iter(self.store.ask_all([asking(kind, place) for place in places for kind in kinds]))
+            below: list[str] = []
+            for path, place in zip(level, places, strict=True):
+                value, permissions, names = next(replies), next(replies), next(replies)
+                if isinstance(value, XenStoreError) or isinstance(permissions, XenStoreError):
+                    continue  # it has been removed meanwhile
+                # A list may be too long for one reply.
+                found = self.store.ls(place) if isinstance(names, XenStoreError) else texts(names)
+                nodes.append([path, value.hex(), " ".join(texts(permissions))])
+                below += [f"{path}/{name}" if path else name for name in found]
+            if len(nodes) + len(below) > MOST_NODES:
+                raise TransientError("the domain has too many nodes in XenStore to be saved")
+            level = below
 
     @property
     def attached(self) -> bool:
@@ -364,6 +381,10 @@ class XenServices:
     def _take_number(self, wanted: int) -> int:
         for attempt in self.store.transaction():
             with attempt as t:
+                if wanted and not t.exists(f"/local/domain/{wanted}"):
+                    number: int | None = wanted
+                    t.do_all(self._own_requests(wanted))
+                    continue
                 taken = {int(name) for name in _names(t.ls, "/local/domain") if name.isdigit()}
                 candidates = [wanted] if wanted else range(1, LAST_DOMID + 1)
                 number = next((n for n in candidates if n not in taken), None)
@@ -373,10 +394,13 @@ class XenServices:
                         if wanted
                         else "there are no numbers left for another Xen domain"
                     )
-                t.write(f"{self._tool}/{number}", f"{os.getpid()} {start_time(os.getpid())}")
-                t.mkdir(f"/local/domain/{number}")
+                t.do_all(self._own_requests(number))
         assert number is not None
         return number
+
+    def _own_requests(self, number: int) -> list[Request]:
+        process = f"{os.getpid()} {start_time(os.getpid())}"
+        return [writing(f"{self._tool}/{number}", process), asking(Kind.MKDIR, f"/local/domain/{number}")]
 
     def _fill(self, name: str, memory: int) -> None:
         home, domid = self.home, self.domid
@@ -409,7 +433,10 @@ class XenServices:
 
     def _sweep(self) -> None:
         """Remove domains whose processes are gone."""
-        for name in _names(self.store.ls, self._tool):
+        names = _names(self.store.ls, self._tool)
+        if len(names) > OFTEN_SWEPT and os.getpid() % OFTEN_SWEPT:
+            return  # with so many, each starting domain need not look at all the others
+        for name in names:
             pid, _, start = (self.store.read(f"{self._tool}/{name}") or "").partition(" ")
             if name.isdigit() and pid.isdigit() and not _alive(int(pid), start):
                 self._remove(int(name))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nonroot.hvm.guest_ram import RamBase
 from nonroot.hvm.pc import Attach
 from nonroot.xen.config import XenConfig
 
@@ -47,8 +48,8 @@ class MachineConfig:
     resumed: bool = False
     """The machine goes on from the records of another (:mod:`nonroot.hvm.saved`): no kernel and no tables are put into
     its memory. ``protocol`` says how the other was started."""
-    ram_base: tuple[int, int] | None = None
-    """(file, offset) of the RAM's contents, over which it is private; None: zeros, in a file of its own."""
+    ram_base: RamBase | None = None
+    """The files over which the RAM is private, which stay the caller's; None: zeros, in a file of its own."""
     xen: XenConfig | None = None
     """Be a Xen for the guest; None: no Xen."""
 

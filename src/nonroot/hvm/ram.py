@@ -7,10 +7,14 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from nonroot._engine import Memory
 from nonroot.errors import OutOfMemoryError
 from nonroot.hvm.memory_map import PAGE_SIZE, MemoryMap
+
+if TYPE_CHECKING:
+    from nonroot.hvm.guest_ram import RamBase
 
 __all__ = ["BoardRam", "DirtyLog", "close_files", "create_ram", "create_rom", "data_extents", "ram_file"]
 
@@ -19,7 +23,7 @@ def create_ram(
     memory_map: MemoryMap,
     scramble_seed: int | None = None,
     files: list[int] | None = None,
-    base: tuple[int, int] | None = None,
+    base: "RamBase | None" = None,
 ) -> Memory:
     """
     RAM as ``memory_map`` says, zeroed.
@@ -28,7 +32,7 @@ def create_ram(
     holder can truncate it under another. With ``scramble_seed`` every frame lies at a random place of the backing: the
     guest must not notice. ``files`` gets a read-only descriptor of each backing, in order, for those who look at guest
     memory from outside; without it, only the mappings keep the memory. OutOfMemoryError if the host has not enough.
-    ``base``: (file, offset) of what is in there instead of zeros; the file stays as it is.
+    ``base``: what is in there instead of zeros, and stays as it is.
     """
     memory = Memory()
     size = memory_map.memory_bytes
@@ -72,13 +76,15 @@ def _sealed_file(name: str, size: int, contents: bytes = b"") -> Iterator[int]:
         os.close(fd)
 
 
-def _add_private(memory: Memory, base: tuple[int, int], size: int, files: list[int] | None) -> int:
+def _add_private(memory: Memory, base: "RamBase", size: int, files: list[int] | None) -> int:
+    first, offset = base.layers[0]
     try:
-        backing = memory.add_backing(base[0], size, base[1], private=True)
+        backing = memory.add_backing(first, size, offset, private=True)
+        base.map_runs(memory)
     except OSError as error:
         raise OutOfMemoryError(f"the host cannot map {size >> 20} MiB of memory: {error.strerror}") from None
     if files is not None:
-        files.append(os.dup(base[0]))
+        files.append(os.dup(first))
     return backing
 
 

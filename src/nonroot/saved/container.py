@@ -57,13 +57,20 @@ class Writer:
     Use it as a context manager: what raises inside leaves nothing behind, and a file that was there before as it was.
     """
 
-    def __init__(self, path: str | os.PathLike[str], packed: bool = True, durable: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        packed: bool = True,
+        durable: bool | None = None,
+        file: int | None = None,
+    ) -> None:
         """``packed``: compress; without, it is larger, and read quicker. ``durable``: have it on the disk before it is
-        there; None: if it is packed.
+        there; None: if it is packed. ``file``: a descriptor of an empty file that has no path.
 
         BadFileError if there can be no file.
         """
         self._path = Path(path)
+        self._has_path = file is None
         self._draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         self._packed = packed
         self._durable = packed if durable is None else durable
@@ -71,7 +78,10 @@ class Writer:
         self._memories: dict[str, dict[str, Any]] = {}
         self._place = PAGE_SIZE
         try:
-            fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            if file is not None:
+                fd = os.dup(file)
+            else:
+                fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BadFileError(f"{self._path} cannot be written: {_reason(error)}") from None
         self._file: BinaryIO = os.fdopen(fd, "wb", buffering=0)
@@ -85,8 +95,9 @@ class Writer:
                 self._finish()
         finally:
             self._file.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._draft.unlink()
+            if self._has_path:
+                with contextlib.suppress(FileNotFoundError):
+                    self._draft.unlink()
 
     def record(self, name: str, contents: bytes) -> None:
         """Add a record. TransientError if the disk is full or fails."""
@@ -151,7 +162,8 @@ class Writer:
         try:
             if self._durable:
                 os.fsync(self._file.fileno())
-            self._draft.replace(self._path)
+            if self._has_path:
+                self._draft.replace(self._path)
         except OSError as error:
             raise TransientError(f"{self._path} cannot be written: {_reason(error)}") from None
 

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -32,7 +32,7 @@ from nonroot.xenstore import place
 from nonroot.xenstore.errors import CODES, XenStoreError, XenStoreLostError
 from nonroot.xenstore.wire import HEADER, PAYLOAD_MAX, Kind, pack
 
-__all__ = ["Attempt", "Requests", "Watch", "XenStore"]
+__all__ = ["Attempt", "Request", "Requests", "Watch", "XenStore", "asking", "permitting", "texts", "writing"]
 
 _ATTEMPTS: Final = 100
 """Times that a transaction is tried."""
@@ -53,8 +53,30 @@ def _payload(*texts: str) -> bytes:
     return b"".join(_bytes(text) + b"\0" for text in texts)
 
 
-def _texts(payload: bytes) -> list[str]:
+def texts(payload: bytes) -> list[str]:
+    """The strings in a payload, each of which ends with a zero."""
     return payload.decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+Request = tuple[Kind, bytes, str]
+"""Kind, payload, and what begins the error's sentence."""
+MOST_AT_ONCE: Final = 32
+"""Requests that are sent before the first reply is read: both ends have room for so many."""
+
+
+def writing(path: str, value: str | bytes) -> Request:
+    """The request of :meth:`Requests.write`."""
+    return Kind.WRITE, _payload(path) + _bytes(value), f"write {path}"
+
+
+def permitting(path: str, permissions: Iterable[str]) -> Request:
+    """The request of :meth:`Requests.set_permissions`."""
+    return Kind.SET_PERMS, _payload(path, *permissions), f"set the permissions of {path}"
+
+
+def asking(kind: Kind, path: str) -> Request:
+    """A request that takes a path only."""
+    return kind, _payload(path), f"{kind.name.lower()} {path}"
 
 
 class Requests:
@@ -63,6 +85,16 @@ class Requests:
     def ask(self, kind: Kind, payload: bytes, what: str) -> bytes:
         """Send one request; returns the reply's payload. ``what`` begins the error's sentence."""
         raise NotImplementedError
+
+    def ask_all(self, requests: Sequence[Request]) -> list[bytes | XenStoreError]:
+        """Send many requests; of each its reply's payload, or why it was refused. XenStoreLostError."""
+        raise NotImplementedError
+
+    def do_all(self, requests: Sequence[Request]) -> None:
+        """Send many requests, such as :func:`writing` makes. XenStoreError: the first that was refused."""
+        for reply in self.ask_all(requests):
+            if isinstance(reply, XenStoreError):
+                raise reply
 
     def read(self, path: str) -> str | None:
         """A node's value; None if there is no such node."""
@@ -84,7 +116,7 @@ class Requests:
 
     def write(self, path: str, value: str | bytes) -> None:
         """Set a node's value; it and its parents are made where they are missing."""
-        self.ask(Kind.WRITE, _payload(path) + _bytes(value), f"write {path}")
+        self.ask(*writing(path, value))
 
     def mkdir(self, path: str) -> None:
         """Make an empty node where there is none."""
@@ -101,7 +133,7 @@ class Requests:
     def ls(self, path: str) -> list[str]:
         """The names of a node's children, however many. XenStoreError ENOENT."""
         try:
-            return _texts(self.ask(Kind.DIRECTORY, _payload(path), f"list {path}"))
+            return texts(self.ask(Kind.DIRECTORY, _payload(path), f"list {path}"))
         except XenStoreError as error:
             if error.name != "E2BIG":
                 raise
@@ -120,16 +152,16 @@ class Requests:
             if generation != began:
                 return None
             if part.endswith(b"\0\0") or part == b"\0":
-                return _texts(found + part[:-1])
+                return texts(found + part[:-1])
             found += part
 
     def get_permissions(self, path: str) -> list[str]:
         """``["n0", "r7"]``: the owner with everybody's access, then others."""
-        return _texts(self.ask(Kind.GET_PERMS, _payload(path), f"get the permissions of {path}"))
+        return texts(self.ask(Kind.GET_PERMS, _payload(path), f"get the permissions of {path}"))
 
     def set_permissions(self, path: str, permissions: Iterable[str]) -> None:
         """The reverse."""
-        self.ask(Kind.SET_PERMS, _payload(path, *permissions), f"set the permissions of {path}")
+        self.ask(*permitting(path, permissions))
 
 
 class Attempt(Requests):
@@ -145,6 +177,10 @@ class Attempt(Requests):
     def ask(self, kind: Kind, payload: bytes, what: str) -> bytes:
         """In the transaction."""
         return self._store.exchange(kind, payload, what, self._number, self._life)
+
+    def ask_all(self, requests: Sequence[Request]) -> list[bytes | XenStoreError]:
+        """In the transaction."""
+        return self._store.exchange_all(requests, self._number, self._life)
 
     def __enter__(self) -> "Attempt":
         with self._store.lock:
@@ -237,6 +273,60 @@ class XenStore(Requests):
         """Outside of transactions; sent again if the process went away."""
         return self.exchange(kind, payload, what)
 
+    def ask_all(self, requests: Sequence[Request]) -> list[bytes | XenStoreError]:
+        """Outside of transactions; all that were not answered are sent again if the process went away."""
+        return self.exchange_all(requests)
+
+    def exchange_all(
+        self, requests: Sequence[Request], transaction: int = 0, life: int = 0
+    ) -> list[bytes | XenStoreError]:
+        """Many requests, of which several are under way at a time, and their replies. XenStoreLostError."""
+        replies: list[bytes | XenStoreError] = []
+        for first in range(0, len(requests), MOST_AT_ONCE):
+            replies += self._exchange_some(requests[first : first + MOST_AT_ONCE], transaction, life)
+        return replies
+
+    def _exchange_some(self, requests: Sequence[Request], transaction: int, life: int) -> list[bytes | XenStoreError]:
+        if sum(len(payload) for _, payload, _ in requests) > PAYLOAD_MAX or len(requests) < 2:
+            return [self._alone(request, transaction, life) for request in requests]
+        with self.lock:
+            if self._socket is not None and (not transaction or life == self.life):
+                try:
+                    return self._pipeline(requests, transaction)
+                except _Lost:
+                    self._drop()
+            # One by one, each with the patience that it takes.
+            return [self._alone(request, transaction, life) for request in requests]
+
+    def _alone(self, request: Request, transaction: int, life: int) -> bytes | XenStoreError:
+        try:
+            return self.exchange(*request, transaction, life)
+        except XenStoreError as error:
+            return error
+
+    def _pipeline(self, requests: Sequence[Request], transaction: int) -> list[bytes | XenStoreError]:
+        connection = self._socket
+        assert connection is not None
+        numbers = {next(self._numbers): index for index in range(len(requests))}
+        message = b"".join(
+            pack(kind, number, transaction, payload)
+            for number, (kind, payload, _) in zip(numbers, requests, strict=True)
+        )
+        try:
+            connection.sendall(message)
+        except OSError:
+            raise _Lost from None
+        found: dict[int, bytes | XenStoreError] = {}
+        while True:
+            for reply, answered, data in self._messages():
+                if answered in numbers and reply != Kind.WATCH_EVENT:
+                    index = numbers[answered]
+                    refused = XenStoreError(data.rstrip(b"\0").decode("latin-1"), requests[index][2])
+                    found[index] = refused if reply == Kind.ERROR else data
+            if len(found) == len(requests):
+                return [found[index] for index in range(len(requests))]
+            self._receive()
+
     def exchange(
         self,
         kind: Kind,
@@ -306,7 +396,7 @@ class XenStore(Requests):
             payload = bytes(self._input[HEADER.size : end])
             del self._input[:end]
             if kind == Kind.WATCH_EVENT:
-                path, token, *_ = (*_texts(payload), "", "")
+                path, token, *_ = (*texts(payload), "", "")
                 watch = self._watches.get(token)
                 if watch is not None:
                     watch.fired.append(path)
