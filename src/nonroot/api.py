@@ -7,6 +7,7 @@
 """
 
 import base64
+import contextlib
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from nonroot.display.screen import HasScreen
 from nonroot.domain import boot_cache
 from nonroot.domain.child import Template
-from nonroot.domain.client import DomainClient, check_version
+from nonroot.domain.client import DomainClient, Pending, check_version
 from nonroot.domain.device_commands import HasDevices, drive_text
 from nonroot.domain.expect import Console
 from nonroot.domain.find_guest import SEABIOS, find_firmware, find_guest
@@ -252,16 +253,23 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         try:
             if not client.pid:
                 client.spawn()
-            check_version(client.request("hello", 60))
             if options.saved is not None:
                 self.boot = "saved"
-            if not self._go_on():
-                self._description = client.submit("create", options.to_wire(), fds=self._fork_of).wait(300)
-            self._register()
-            if self._want_console:
-                client.request("attach_console", 60)
+            # The process takes one request after the other: none of them need wait for the answer to the one before.
+            hello = client.submit("hello")
+            create = None if self._kept else client.submit("create", options.to_wire(), fds=self._fork_of)
+            check_version(hello.wait(60))
+            if create is None and not self._go_on():
+                create = client.submit("create", options.to_wire())
+            register = self._submit_registration()
+            if create is not None:
+                self._description = create.wait(300)
+            waiting = [client.submit("attach_console")] if self._want_console else []
             self._start_time = time.monotonic()
-            client.request("start", 60)
+            waiting.append(client.submit("start"))
+            self._registered(register)
+            for pending in waiting:
+                pending.wait(60)
         except BaseException:
             self.destroy()
             raise
@@ -347,33 +355,42 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._need()
         Template.shared()
         pending = self._client.submit("fork")
-        pending.wait(120)
-        files = pending.fds
+        new = [self._new_fork() for _ in range(1 if count is None else count)]
+        with contextlib.suppress(TransientError):  # starting says so
+            for child in new[: os.cpu_count()]:
+                child._client.spawn()  # meanwhile
         children: list[Self] = []
+        files: list[int] = []
         try:
+            pending.wait(120)
+            files = pending.fds
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                starts = [pool.submit(self._start_fork, files) for _ in range(1 if count is None else count)]
+                starts = [pool.submit(child._start_as_fork, files) for child in new]
             failures = [error for start in starts if (error := start.exception()) is not None]
             children = [start.result() for start in starts if start.exception() is None]
             if failures:
-                for child in children:
-                    child.destroy()
                 raise failures[0]
+        except BaseException:
+            for child in new:
+                child.destroy()
+            raise
         finally:
             for file in files:
                 os.close(file)
         return children[0] if count is None else children
 
-    def _start_fork(self, files: Sequence[int]) -> Self:
+    def _new_fork(self) -> Self:
         options = self._options
-        child = type(self)(
+        return type(self)(
             engine=options.engine, off=options.off, timeout=self._boot_timeout, console=self._want_console
         )
-        child._options.saved, child._options.layers = f"/proc/self/fd/{files[0]}", list(files[1:])
-        child._fork_of = files
-        child.start()
-        child.boot = "fork"
-        return child
+
+    def _start_as_fork(self, files: Sequence[int]) -> Self:
+        self._options.saved, self._options.layers = f"/proc/self/fd/{files[0]}", list(files[1:])
+        self._fork_of = files
+        self.start()
+        self.boot = "fork"
+        return self
 
     def snapshot(self) -> None:
         """Remember this state, instead of an earlier one, for :meth:`revert`. Raises what :meth:`fork` does."""
@@ -491,12 +508,15 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._keep()
         return self._ready
 
-    def _register(self) -> None:
+    def _submit_registration(self) -> Pending:
         """Be found by name; a domain without one does without the registry where there is no place for it."""
         facts = {"kernel": self._options.kernel, "firmware": self._options.firmware, "memory": self._options.memory}
-        facts |= {"engine": self._description.get("engine"), "display": self._options.has_display}
+        facts |= {"display": self._options.has_display}
+        return self._client.submit("register", {"name": self._name, "facts": facts})
+
+    def _registered(self, pending: Pending) -> None:
         try:
-            self._name = str(self._client.request("register", 60, name=self._name, facts=facts)["name"])
+            self._name = str(pending.wait(60)["name"])
         except TransientError:
             if self._name is not None:
                 raise

@@ -6,13 +6,13 @@ import signal
 
 __all__ = ["die_with_parent", "keep_alive_without_parent", "leave_signals_to_others", "name_process"]
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
 def _prctl(option: int, argument: object) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, argument, 0, 0, 0) != 0:
+    if _libc.prctl(option, argument, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 

@@ -230,7 +230,8 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
 
     def _own_facts(self) -> dict[str, Any]:
         xen = getattr(self._runner, "xen", None)
-        return {} if xen is None else {"domid": xen.domid}
+        facts: dict[str, Any] = {} if xen is None else {"domid": xen.domid}
+        return facts if self._runner is None else facts | {"engine": self._runner.describe().get("engine")}
 
     def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._began = time.monotonic()

@@ -7,7 +7,8 @@ routed by itself, as the ISA bus does. What nobody answers floats: reads are all
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import Final, cast
 
 from nonroot.hvm.device import NO_EVENTS, BlockDevice, Device, Events
 
@@ -35,6 +36,12 @@ class Range:
         """Whether some access could be meant for both."""
         apart = self.base + self.length <= other.base or other.base + other.length <= self.base
         return not apart and bool(set(self.sizes) & set(other.sizes))
+
+
+@cache
+def _takes_blocks(kind: type[Device]) -> bool:
+    """Whether devices of this class are a :class:`BlockDevice`; asking that of each of them takes milliseconds."""
+    return all(callable(getattr(kind, name, None)) for name in ("read_block", "write_block"))
 
 
 class Bus:
@@ -65,7 +72,7 @@ class Bus:
         if length > DIRECT_LIMIT:
             self._long.append(new)
             return
-        block = device if isinstance(device, BlockDevice) else None
+        block = cast(BlockDevice, device) if _takes_blocks(type(device)) else None
         for size in sizes:
             for delta in range(length - size + 1):
                 key = base + delta << 4 | size

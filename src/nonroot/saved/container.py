@@ -37,6 +37,7 @@ RUN_PAGES: Final = 1024
 LARGEST_TABLE: Final = 64 << 20
 LARGEST_RECORD: Final = 1 << 30
 NAME_LENGTH: Final = 80
+SMALL: Final = 1 << 18
 RAW: Final = "raw"
 LZ4: Final = "lz4"
 ZERO: Final = bytes(PAGE_SIZE)
@@ -245,6 +246,11 @@ class Reader:
     def _read(self, place: int, size: int) -> memoryview:
         if self._map is None or place + size > self._size or os.fstat(self._fd).st_size < self._size:
             raise self._bad("it is truncated")
+        if size <= SMALL:  # cheaper than to map it
+            data = os.pread(self._fd, size, place)
+            if len(data) != size:
+                raise self._bad("it is truncated")
+            return memoryview(data)
         return memoryview(self._map)[place : place + size]
 
     def _read_table(self) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:

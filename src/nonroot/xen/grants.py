@@ -67,10 +67,11 @@ class GrantTable:
         with self._lock:
             self.frames = frames
             self._uses.clear()
-            for ref in range(frames * ENTRIES):
-                entry = self._entry(ref)
-                if self._words.load(entry) & (ENTRY_READING | ENTRY_WRITING):
-                    self._words.update(entry, ENTRY_READING | ENTRY_WRITING, 0)
+            for frame in range(frames):
+                page = self._physmap.own(FIRST_GRANT + frame)
+                for at, word in enumerate(self._words.load_many(page, ENTRY_SIZE, ENTRIES)):
+                    if word & (ENTRY_READING | ENTRY_WRITING):
+                        self._words.update(page.plus(at * ENTRY_SIZE), ENTRY_READING | ENTRY_WRITING, 0)
 
     def frame(self, index: int) -> Page | None:
         """A frame of the table, which grows to have it; None beyond the maximum."""

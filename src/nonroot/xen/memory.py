@@ -65,6 +65,11 @@ class Words:
         """The word."""
         return self._exchange(place.backing, place.offset, 0, 0)
 
+    def load_many(self, place: Place, step: int, count: int) -> list[int]:
+        """``count`` words, ``step`` bytes apart."""
+        exchange, (backing, first) = self._exchange, place
+        return [exchange(backing, offset, 0, 0) for offset in range(first, first + step * count, step)]
+
     def replace(self, place: Place, expected: int, new: int) -> bool:
         """Whether the word was ``expected`` and is ``new`` now."""
         return self._exchange(place.backing, place.offset, expected, new) == expected
