@@ -172,7 +172,7 @@ impl Cpu {
 
     /// RDRAND and RDSEED: always succeed; CF is set, the other flags are clear.
     pub(super) fn op_rdrand(&mut self, i: &Instruction) {
-        let value = self.random.next(&self.clock);
+        let value = self.random.get(&self.clock, self.retired + self.retired_in_block);
         self.write_reg(i.op_register(0), value);
         self.r.flags = Flags::from_rflags(rflags::CF);
     }

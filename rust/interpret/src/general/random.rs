@@ -2,22 +2,21 @@
 
 use crate::state::Clock;
 
-/// Random numbers: the host's while time is the host's, otherwise a sequence
-/// that the seed decides, so that runs in virtual time repeat.
+/// Random numbers: the host's while time is the host's. Otherwise they are a function of the seed and of how many
+/// instructions the vCPU has retired, so that runs in virtual time repeat, and a saved vCPU goes on alike.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Random {
-    /// State of the seeded sequence (splitmix64).
-    pub state: u64,
+    seed: u64,
 }
 
 impl Random {
-    /// A sequence that starts at `seed`.
+    /// Those that `seed` decides.
     pub fn new(seed: u64) -> Self {
-        Random { state: seed }
+        Random { seed }
     }
 
-    /// The next 64 bits.
-    pub fn next(&mut self, clock: &Clock) -> u64 {
+    /// 64 bits for the instruction before which `retired` have been.
+    pub fn get(&self, clock: &Clock, retired: u64) -> u64 {
         if matches!(clock, Clock::Host { .. }) {
             let mut bytes = [0u8; 8];
             // SAFETY: `bytes` is writable for the length given.
@@ -26,8 +25,8 @@ impl Random {
                 return u64::from_le_bytes(bytes);
             }
         }
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
+        // The sequence splitmix64, and `retired` the place in it.
+        let mut z = self.seed.wrapping_add(retired.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ z >> 31
@@ -42,8 +41,8 @@ mod tests {
     fn seeded_sequences_repeat() {
         let clock = Clock::Virtual { base: 0, num: 1, den: 1 };
         let take = |seed| {
-            let mut r = Random::new(seed);
-            [r.next(&clock), r.next(&clock), r.next(&clock)]
+            let r = Random::new(seed);
+            [r.get(&clock, 0), r.get(&clock, 1), r.get(&clock, 2)]
         };
         assert_eq!(take(7), take(7));
         assert_ne!(take(7), take(8));
@@ -54,7 +53,7 @@ mod tests {
     #[test]
     fn host_numbers_differ() {
         let clock = Clock::Host { offset: 0 };
-        let (mut a, mut b) = (Random::new(1), Random::new(1));
-        assert_ne!(a.next(&clock), b.next(&clock));
+        let (a, b) = (Random::new(1), Random::new(1));
+        assert_ne!(a.get(&clock, 0), b.get(&clock, 0));
     }
 }
