@@ -1,11 +1,12 @@
 """Linux in a real domain, on the real engine: what the API and the agent promise, from end to end."""
 
+import contextlib
 import hashlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nonroot.errors import (
     GuestFileError,
     GuestPanicError,
     NotRunningError,
+    SoftwareMissingError,
 )
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
@@ -30,6 +32,33 @@ Make = Callable[..., Domain]
 @pytest.fixture(scope="module")
 def domain_options() -> dict[str, Any]:
     return {"memory": "128M"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["booted", pytest.param("restored", marks=pytest.mark.slow), pytest.param("forked", marks=pytest.mark.slow)],
+)
+def domain(
+    request: pytest.FixtureRequest, domain_options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Domain]:
+    """However it came to be, it does the same."""
+    try:
+        first = Domain(**domain_options, kept=request.param == "forked").start()
+    except SoftwareMissingError as error:
+        pytest.skip(str(error))
+    with contextlib.ExitStack() as stack:
+        stack.callback(first.destroy)
+        if request.param == "restored":
+            path = tmp_path_factory.mktemp("saved") / "saved"
+            first.wait_ready()
+            first.save(path)
+            first.destroy()
+            yield stack.enter_context(Domain.restore(path))
+        elif request.param == "forked":
+            first.wait_ready()
+            yield stack.enter_context(first.fork())
+        else:
+            yield first
 
 
 def test_uname(domain: Domain) -> None:

@@ -1,7 +1,8 @@
 r"""The pytest plugin: fixtures that give tests a booted guest. Installed with nonroot; pytest finds it by itself.
 
 * ``domain``: a booted domain, shared by the tests of a module; the option ``--nonroot-scope`` or the ini option
-  ``nonroot_scope`` makes it one per ``session``, ``package``, ``module``, ``class`` or ``function``.
+  ``nonroot_scope`` makes it one per ``session``, ``package``, ``module``, ``class`` or ``function``. With ``function``,
+  each is a fork of one boot, if the domain can be forked.
 * ``fresh_domain``: for each test, a domain as it was when it was ready for its first command: it is booted once, and
   goes back to its snapshot then.
 * ``make_domain``: a function that makes and starts further domains, which end with the test.
@@ -58,11 +59,23 @@ def domain_options() -> dict[str, Any]:
 @pytest.fixture(scope=_scope)
 def domain(request: pytest.FixtureRequest, domain_options: dict[str, Any]) -> "Iterator[Domain]":
     """A booted domain that is shared by the tests of its scope. Leave it as you found it."""
-    made = _boot(request.config, domain_options)
+    made = None
+    if request.scope == "function":
+        made = _fork(request.config, domain_options, request.getfixturevalue("_nonroot_bases"))
+    made = made or _boot(request.config, domain_options)
     try:
         yield made
     finally:
         made.destroy()
+
+
+@pytest.fixture(scope="session")
+def _nonroot_bases() -> "Iterator[dict[str, Domain | None]]":
+    bases: dict[str, Domain | None] = {}
+    yield bases
+    for one in bases.values():
+        if one is not None:
+            one.destroy()
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +146,25 @@ def pytest_runtest_makereport(
             lines = one.console.text.splitlines()[-CONSOLE_LINES:]
             report.sections.append((f"console of domain {number}", "\n".join(lines)))
     return report
+
+
+def _fork(config: pytest.Config, options: dict[str, Any], bases: "dict[str, Domain | None]") -> "Domain | None":
+    """A fork of the boot that all tests with these options share; None if it cannot be forked."""
+    from nonroot.errors import NonrootError
+
+    key = repr(sorted(options.items()))
+    base = bases.get(key)
+    if key not in bases:
+        base = _boot(config, {"kept": True} | options)
+        base.wait_ready()
+    try:
+        made = None if base is None else base.fork()
+    except NonrootError:
+        assert base is not None
+        base.destroy()
+        base = made = None
+    bases[key] = base
+    return made
 
 
 def _boot(config: pytest.Config, options: dict[str, Any]) -> "Domain":
