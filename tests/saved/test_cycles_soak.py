@@ -22,7 +22,7 @@ WORK = """
 b=/bin/busybox; $b mount -t tmpfs none /tmp; cd /tmp;
 for n in 1 2 3 4; do
   $b mkdir d$n; $b dd if=/bin/busybox of=d$n/a bs=64k count=12 2>/dev/null; $b gzip -c d$n/a > d$n/b.gz;
-  $b tar cf $n.tar d$n; $b mkdir x$n; $b tar xf $n.tar -C x$n; 
+  $b tar cf $n.tar d$n; $b mkdir x$n; $b tar xf $n.tar -C x$n;
   $b gunzip -c x$n/d$n/b.gz | $b cmp - d$n/a || echo WRONG $b;
   $b find . -type f | $b sort | $b xargs $b md5sum | $b md5sum; $b rm -r x$n;
 done;

@@ -312,6 +312,7 @@ impl Record {
             return Err(reason);
         }
         vcpu.forget_exit();
+        vcpu.cpu.forget_arrived();
         let cpu = &mut vcpu.cpu;
         cpu.r = self.r;
         cpu.cpl = self.cpl;

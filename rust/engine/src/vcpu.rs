@@ -271,6 +271,7 @@ impl Vcpu {
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let mut inner = self.inner()?;
         inner.vcpu.settle();
+        inner.vcpu.cpu.take_arrived();
         cpu_state::to_python(py, &inner.vcpu)
     }
 

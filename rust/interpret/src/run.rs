@@ -448,6 +448,20 @@ impl Cpu {
         }
     }
 
+    /// Takes from the mailbox what has arrived for the vCPU, so that it is part of its state.
+    pub fn take_arrived(&mut self) {
+        if self.mailbox.requests.fetch_and(!request::NMI, Ordering::AcqRel) & request::NMI != 0 {
+            self.nmi_pending = true;
+        }
+        self.take_messages();
+    }
+
+    /// Forgets what has arrived: the state is about to be replaced.
+    pub fn forget_arrived(&mut self) {
+        self.mailbox.requests.fetch_and(!request::NMI, Ordering::AcqRel);
+        self.mailbox.messages.lock().unwrap().clear();
+    }
+
     /// Takes interrupt messages from the mailbox.
     fn take_messages(&mut self) {
         let messages = std::mem::take(&mut *self.mailbox.messages.lock().unwrap());

@@ -63,6 +63,8 @@ def restore(machine: "Machine", records: Mapping[str, bytes]) -> None:
         machine.resets = facts.number("resets")
         # Devices that drove their lines may have sent the local APIC what it knows already.
         machine.vcpu.set_state(state)
+        if machine.xen is not None:
+            machine.xen.rearm()
     except (VcpuStateError, ValueError) as error:
         raise StateError(str(error)) from None
     machine.vcpu.flush()

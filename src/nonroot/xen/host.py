@@ -131,6 +131,7 @@ class XenHost:
         """Hypercalls by name."""
         self._config = config
         self._machine = machine
+        self._shot: int | None = None
         memory, clock, vcpus = machine.memory, machine.clock, machine.vcpus
         count = len(vcpus)
         self.physmap = Physmap(memory, machine.files, machine.share_ram, machine.memory_map.memory_bytes)
@@ -314,13 +315,18 @@ class XenHost:
         self._hvm.params[:] = params
         self.upcalls.restore(record.inner("upcalls"), params[Param.CALLBACK_IRQ])
         self._vcpu_ops.restore(record.inner("vcpus"))
-        shot = record.optional("shot")
+        self._shot = record.optional("shot")
+        self._memory_ops.limit = record.number("limit", 1 << 40)
+
+    def rearm(self) -> None:
+        """Let the timers run, and upcalls come, that :meth:`restore` found; once the vCPU's state is complete."""
+        shot, self._shot = self._shot, None
         if shot is not None:
             if self.path is not None:
                 self.path.set_shot(shot, self._machine.clock.now_ns())
             else:
                 self._vcpu_ops.timers[0].set_shot(shot)
-        self._memory_ops.limit = record.number("limit", 1 << 40)
+        self.upcalls.rearm()
 
     # ── for backends; see nonroot.xen.backend.FrontendAccess ──
 

@@ -106,6 +106,15 @@ class Upcalls:
             for vcpu, vector in self._vectors.items():
                 self._path.vector(vcpu, vector)
 
+    def rearm(self) -> None:
+        """
+        An upcall may have been on its way to a vCPU, from a thread that goes on while the domain is saved: with the mark
+        that it is pending, no other would ever come. A guest that has had it finds nothing to do.
+        """
+        if not self._asserted:
+            for vcpu in range(len(self._vcpus)):
+                self.tell(vcpu)
+
     def _choose(self, value: int) -> None:
         self._callback_vector, self._line = 0, None
         kind = value >> 56
