@@ -108,8 +108,8 @@ class Upcalls:
 
     def rearm(self) -> None:
         """
-        An upcall may have been on its way to a vCPU, from a thread that goes on while the domain is saved: with the mark
-        that it is pending, no other would ever come. A guest that has had it finds nothing to do.
+        An upcall may have been on its way to a vCPU, from a thread that goes on while the domain is saved: with the
+        mark that it is pending, no other would ever come. A guest that has had it finds nothing to do.
         """
         if not self._asserted:
             for vcpu in range(len(self._vcpus)):
