@@ -8,8 +8,16 @@ __all__ = [
     "Vcpu",
     "XenPath",
     "agent",
+    "close_others",
+    "confinement_of_host",
     "coverage",
+    "drop_capabilities",
+    "enter_namespaces",
+    "open_page_map",
     "optimisations",
+    "refuse_privileges",
+    "restrict_calls",
+    "restrict_files",
     "tiny_guest",
     "translate_unavailable",
 ]
@@ -242,6 +250,40 @@ def translate_unavailable() -> str | None:
 
 def coverage() -> list[tuple[str, str]]:
     """(iced instruction code name, how: "interpreted" | "native" | "missing") for every code of an x86-64 CPU."""
+
+def confinement_of_host() -> tuple[int, bool]:
+    """(the version of Landlock that the kernel has, 0 for none; whether it has seccomp's filters)."""
+
+def refuse_privileges() -> None:
+    """No program started by this process has more rights, and no other process may look into it. OSError."""
+
+def drop_capabilities(keep: int) -> None:
+    """Give up the calling thread's capabilities but those in ``keep``, bits by their numbers. OSError."""
+
+def open_page_map() -> None:
+    """Open this process's table of pages, which saving and forking read later. OSError."""
+
+def enter_namespaces() -> None:
+    """Enter new namespaces of users, network, IPC and host names, before other threads start. OSError."""
+
+def close_others(first: int, keep: list[int]) -> None:
+    """Close all descriptors from ``first`` on that are not in ``keep``. OSError."""
+
+def restrict_files(rules: list[tuple[int, str]], tcp: bool) -> None:
+    """Landlock, for this thread and its children: only what lies at or below these descriptors can be reached.
+
+    Each with ``read`` (files), ``list`` (files and folders), ``change`` (all but running and device files) or ``own``
+    (plain files and sockets). ``tcp``: TCP ports can be used. OSError, whose text is half a sentence.
+    """
+
+def restrict_calls(
+    calls: list[str], *, refuse: bool, threads: bool, executable: bool, families: list[int], all_threads: bool
+) -> None:
+    """seccomp, for this thread and its children, or ``all_threads``: only ``calls``, or (``refuse``) all but them.
+
+    The rest fails with EPERM. See :class:`nonroot.confine.Profile`. OSError, whose text is half a sentence; ValueError
+    for names that are no system call's.
+    """
 
 def agent(bits: int) -> bytes:
     """The guest agent (a static ELF) for 32- or 64-bit guests. ValueError if this build has none."""

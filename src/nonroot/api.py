@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from nonroot.display.screen import HasScreen
-from nonroot.domain import boot_cache
+from nonroot.domain import boot_cache, registry
 from nonroot.domain.child import Template
 from nonroot.domain.client import DomainClient, Pending, check_version
+from nonroot.domain.concierge import Concierge
 from nonroot.domain.device_commands import HasDevices, drive_text
 from nonroot.domain.expect import Console
 from nonroot.domain.find_guest import SEABIOS, find_firmware, find_guest
@@ -121,6 +122,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         name: str | None = None,
         console: bool = True,
         kept: bool = False,
+        sealed: bool = True,
         fetch: bool = True,
         progress: Callable[[str], None] | None = None,
         fetch_progress: Callable[[str, float], None] | None = None,
@@ -165,6 +167,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param kept: go on from a boot that was kept, where there is one for just this domain, and keep this boot where
             there is none (see :attr:`boot`). Domains with devices of this machine, in virtual time or without an agent
             boot as ever.
+        :param sealed: let the domain's process give up the host before the guest begins. Only a domain without drives,
+            cards, shared folders and screen is; disks and cards cannot be added to it, and it cannot be renamed.
         :param fetch: whether guest software may be fetched from the network.
         :param progress: called with the names of the steps of starting.
         :param fetch_progress: called with (what, share done from 0 to 1) while guest software is fetched.
@@ -181,6 +185,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._progress = progress or (lambda phase: None)
         self._fetch_progress = fetch_progress
         self._want_console = console
+        self._sealed = sealed
         self._options = DomainOptions(
             kernel=_absolute(kernel),
             initrd=_absolute(initrd),
@@ -266,7 +271,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
                 self._description = create.wait(300)
             waiting = [client.submit("attach_console")] if self._want_console else []
             self._start_time = time.monotonic()
-            waiting.append(client.submit("start"))
+            waiting.append(self._power_on())
             self._registered(register)
             for pending in waiting:
                 pending.wait(60)
@@ -274,6 +279,15 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self.destroy()
             raise
         return self
+
+    def _power_on(self) -> Pending:
+        if not self._sealed:
+            return self._client.submit("start")
+        concierge = Concierge()
+        try:
+            return self._client.submit("start", {"concierge": True}, fds=[concierge.theirs.fileno()])
+        finally:
+            concierge.given()
 
     def _go_on(self) -> bool:
         """Whether the domain goes on from a boot that was kept."""
@@ -307,7 +321,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         if path is None:
             return
         try:
-            self._client.request("save", 120, path=str(path), packed=False)
+            self._save(path, 120, packed=False)
             boot_cache.prune()
         except UnsupportedError:
             pass  # then it cannot be had at all, and nothing is missed
@@ -416,8 +430,14 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :raises UnsupportedError: the domain has drives, network cards or shared folders.
         """
         self._need()
-        target = _absolute(path)
-        self._client.request("save", 600, path=target, packed=packed, stay=stay)
+        self._save(Path(os.path.abspath(path)), 600, packed=packed, stay=stay)  # noqa: PTH100 - resolve() would follow links
+
+    def _save(self, path: Path, seconds: float, **how: bool) -> None:
+        """The file is made here, by whoever may."""
+        from nonroot.saved.container import draft_of
+
+        with draft_of(path, durable=how["packed"]) as file:
+            self._client.submit("save", {"path": str(path), "file": True, **how}, fds=[file]).wait(seconds)
 
     def __enter__(self) -> Self:
         return self if self.boot == "fork" else self.start()
@@ -430,6 +450,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
     def destroy(self) -> None:
         """End the domain at once. Safe to call again."""
         self._client.close()
+        if self._name is not None and self._started:
+            registry.sweep(self._name)
         self._close_screen()
         self.memory.close()
         self.console.end(DomainLostError("the domain has been destroyed"))

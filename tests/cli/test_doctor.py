@@ -17,7 +17,7 @@ from nonroot.guests import FLAVOURS
 def test_the_report_is_json_all_the_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(as_json=True) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts) == {"nonroot", "system", "cpu", "memory", "kvm", "engine", "guests"}
+    assert set(facts) == {"nonroot", "system", "cpu", "memory", "kvm", "engine", "confinement", "guests"}
     assert facts["nonroot"]["python"] == platform.python_version()
     assert facts["cpu"]["cores"] == len(os.sched_getaffinity(0))
     assert facts["memory"]["total_mib"] >= facts["memory"]["available_mib"] > 0

@@ -116,7 +116,7 @@ class NativeRunner:
         self._process.send_signal(signal.SIGSTOP)
         answer({})
 
-    def save(self, path: str, packed: bool, greeting: bytes, toolstack: Any) -> dict[str, Any]:
+    def save(self, path: str, packed: bool, greeting: bytes, toolstack: Any, file: int | None = None) -> dict[str, Any]:
         raise UnsupportedError("there is no machine that could be saved")
 
     def unpause(self) -> None:

@@ -272,9 +272,9 @@ def test_files_are_the_users_alone_and_the_process_is_confined(home: Path) -> No
 CONFINED = """
 import ctypes, mmap, os, socket, sys
 from pathlib import Path
-from nonroot.confine import confine_server as confine
+from nonroot.confine import XENSTORE, confine
 folder = Path(sys.argv[1])
-force = confine(folder)
+force = confine(XENSTORE, folder=os.open(folder, os.O_PATH)).names
 def attempt(name, what):
     try:
         what()

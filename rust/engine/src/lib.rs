@@ -1,6 +1,7 @@
 //! The Python extension module `nonroot._engine`. Its interface, with its
 //! documentation, is `src/nonroot/_engine.pyi`; this crate only translates.
 
+mod confine;
 mod coverage;
 mod cpu_state;
 mod exits;
@@ -82,5 +83,13 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(optimisations, module)?)?;
     module.add_function(wrap_pyfunction!(translate_unavailable, module)?)?;
     module.add_function(wrap_pyfunction!(code_coverage, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::confinement_of_host, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::refuse_privileges, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::drop_capabilities, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::open_page_map, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::enter_namespaces, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::close_others, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::restrict_files, module)?)?;
+    module.add_function(wrap_pyfunction!(confine::restrict_calls, module)?)?;
     Ok(())
 }

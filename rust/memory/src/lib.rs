@@ -4,10 +4,11 @@
 //! `p2m entry = host address of the frame | flags`. Frames without an entry are
 //! not RAM: an access to them is an MMIO exit.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// Bytes in a guest frame.
 pub const PAGE_SIZE: u64 = 4096;
@@ -35,6 +36,22 @@ pub const MAX_PIECES: usize = 1024;
 const PAGEMAP_PIECE: u64 = 4096;
 const PAGEMAP_THERE: u64 = 3 << 62;
 const PAGEMAP_FILE: u64 = 1 << 61;
+
+static PAGE_MAP: Mutex<Option<(u32, Arc<File>)>> = Mutex::new(None);
+
+/// This process's table of pages, opened once: a process that has given up its files cannot do so any more.
+pub fn page_map() -> std::io::Result<Arc<File>> {
+    let mut known = PAGE_MAP.lock().unwrap();
+    let process = std::process::id();
+    match &*known {
+        Some((opener, file)) if *opener == process => Ok(file.clone()),
+        _ => {
+            let file = Arc::new(File::open("/proc/self/pagemap")?);
+            *known = Some((process, file.clone()));
+            Ok(file)
+        }
+    }
+}
 
 const LEAF_SHIFT: u32 = 9;
 const LEAF_ENTRIES: usize = 1 << LEAF_SHIFT;
@@ -220,7 +237,7 @@ impl Memory {
             (b.base, b.size)
         };
         let system = |error: std::io::Error| MemoryError::System(error.raw_os_error().unwrap_or(0));
-        let map = std::fs::File::open("/proc/self/pagemap").map_err(system)?;
+        let map = page_map().map_err(system)?;
         let mut entries = vec![0u8; (PAGEMAP_PIECE * 8) as usize];
         let mut runs: Vec<(u64, u64)> = Vec::new(); // first page, pages
         let (mut page, pages) = (0u64, size >> PAGE_SHIFT);

@@ -34,7 +34,7 @@ from nonroot.backends.netback import Offloads
 from nonroot.backends.pages import GuestPages, ProcessGrants
 from nonroot.backends.raw import RawImage
 from nonroot.backends.ring import RingError, Turn
-from nonroot.confine import PLAIN, confine
+from nonroot.confine import BACKEND, confine
 from nonroot.xen.backend import GrantError
 from nonroot.xen.grants import GrantTable
 
@@ -183,8 +183,7 @@ def _main(work: dict[str, Any], ready: Callable[[dict[str, Any]], None]) -> None
     control = socket.socket(fileno=work["control"])
     service = Service(pages, _Access(socket.socket(fileno=work["access"])))
     os.chdir("/")
-    missing = confine(PLAIN, writes_files=True, threads=True)
-    ready({"unconfined": missing})
+    ready(confine(BACKEND).facts())
     try:
         while True:
             request, descriptors = receive(control)

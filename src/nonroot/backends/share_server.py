@@ -25,7 +25,7 @@ from nonroot.backends import fuse_abi as fuse
 from nonroot.backends.fuse_abi import Init, Opcode, Set
 from nonroot.backends.helper import run_helper
 from nonroot.backends.share_nodes import Node, Nodes, check_name
-from nonroot.confine import FOLDER_READER, FOLDER_WRITER, PLAIN, confine
+from nonroot.confine import FOLDER_READER, FOLDER_WRITER, confine
 from nonroot.errors import BadFileError
 
 __all__ = ["LONGEST_REQUEST", "MOST_DATA", "FolderServer", "serve"]
@@ -544,14 +544,9 @@ def _main(work: dict[str, Any], ready: Callable[[dict[str, Any]], None]) -> None
     os.umask(0)
     with contextlib.suppress(OSError):
         os.chdir("/")
-    missing = confine(
-        PLAIN | (FOLDER_READER if read_only else FOLDER_WRITER),
-        files=most_files,
-        writes_files=not read_only,
-        folder=root,
-    )
+    force = confine(FOLDER_READER if read_only else FOLDER_WRITER, folder=root, files=most_files)
     server = FolderServer(root, links, read_only, most_files)
-    ready({"unconfined": missing})
+    ready(force.facts())
     with contextlib.suppress(ConnectionError):
         serve(link, server)
 

@@ -200,8 +200,7 @@ def _main(work: dict[str, Any], ready: Callable[[dict[str, Any]], None]) -> None
     loop = serve(make, link, [Forward.parse(text) for text in work["publish"]])
     with contextlib.suppress(OSError):
         os.chdir("/")
-    missing = confine(NETWORK, ["/etc/resolv.conf"])
-    ready({"unconfined": missing})
+    ready(confine(NETWORK, ["/etc/resolv.conf"]).facts())
     loop()
 
 

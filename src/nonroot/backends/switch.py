@@ -21,7 +21,7 @@ from typing import Any, Final
 from nonroot.backends.frame import Frame, FrameError
 from nonroot.backends.helper import run_helper, start_helper
 from nonroot.backends.link import Link, LinkClosedError
-from nonroot.confine import FLOCK, PLAIN, confine
+from nonroot.confine import SWITCH, confine
 from nonroot.errors import BadOptionError, TransientError
 
 __all__ = ["Switch", "join_network"]
@@ -218,7 +218,7 @@ def _main(work: dict[str, Any], ready: Callable[[dict[str, Any]], None]) -> None
     if os.fork():
         os._exit(0)  # the switch outlives whoever was first: it is nobody's child
     os.chdir("/")
-    ready({"unconfined": confine(PLAIN | {FLOCK})})
+    ready(confine(SWITCH).facts())
     run(listener, empty, work["linger"])
 
 

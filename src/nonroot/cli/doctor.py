@@ -132,6 +132,15 @@ def _present(get: Callable[[], bytes]) -> bool:
         return False
 
 
+def _confinement() -> dict[str, Any]:
+    try:
+        from nonroot.confine import host
+    except ImportError:  # it is a part of the extension
+        return {"landlock": 0, "seccomp": False, "namespaces": False, "why": "the extension module cannot be loaded"}
+    facts = host.offers()
+    return facts | {"why": facts["why"] or "everything that confined processes want is there"}
+
+
 def _guests() -> dict[str, Any]:
     facts: dict[str, Any] = {"apt": apt.available() or "apt can fetch guest software", "flavours": {}}
     try:
@@ -167,6 +176,7 @@ def examine() -> dict[str, Any]:
         "memory": _memory(),
         "kvm": kvm(),
         "engine": _engine(),
+        "confinement": _confinement(),
         "guests": _guests(),
     }
 
@@ -189,6 +199,10 @@ def _table(facts: dict[str, Any]) -> Table:
         table.add_row("", f"built in: {', '.join(engine['built_in']) or 'nothing, this build had no x86 C compiler'}")
         for name, what in engine["optimisations"].items():
             table.add_row("optimisation", f"{name}: {what}")
+    layers = facts["confinement"]
+    landlock = f"Landlock {layers['landlock']}" if layers["landlock"] else "no Landlock"
+    words = [landlock, *(("" if layers[key] else "no ") + key for key in ("seccomp", "namespaces"))]
+    table.add_row("confinement", f"{', '.join(words)}: {layers['why']}")
     table.add_row("guest software", guests["apt"])
     for flavour, state in guests["flavours"].items():
         detail = state.get("version") or state.get("why") or ""

@@ -62,7 +62,13 @@ def _resident(pid: int) -> int:
     epilog="\b\nExamples:\n  nonroot list\n  nonroot list web\n  nonroot list -l          everything, as JSON\n\n"
     "\b\nState: r running, b blocked (it waits), p paused, s shut down, c crashed, d dying.",
 )
-@click.option("-l", "--long", "long_", is_flag=True, help="Everything that is known, as indented JSON.")
+@click.option(
+    "-l",
+    "--long",
+    "long_",
+    is_flag=True,
+    help="Everything that is known, with what confines its processes, as indented JSON.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="UUIDs and why domains have stopped, too.")
 @json_option
 @click.argument("domains", nargs=-1, metavar="[DOMAIN]...", shell_complete=complete_name)
@@ -72,6 +78,12 @@ def list_domains(long_: bool, verbose: bool, as_json: bool, domains: tuple[str, 
     Domain-0 is the control process. Domains of `nonroot run` are there as well.
     """
     found, zero = _all(domains)
+    if long_:
+        from nonroot.confine import host
+
+        for one in found:
+            processes = host.descendants(one["pid"]) if isinstance(one.get("pid"), int) else []
+            one["processes"] = [{"pid": pid, "name": name, "confined_by": host.observe(pid)} for pid, name in processes]
     if as_json or long_:
         print_json(found, 2 if long_ and not as_json else None)
         return 0

@@ -23,6 +23,7 @@ UnsupportedError. Devices that are emulated (IDE) are not in these lists.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from nonroot.domain.sealing import SEALED
 from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ Question = Callable[["GuestDevices"], dict[str, Any]]
 
 class DeviceRequests:
     """A part of :class:`nonroot.domain.process.DomainProcess`."""
+
+    _sealed: bool = False
 
     def _need(self) -> "Runner":
         raise NotImplementedError
@@ -119,6 +122,11 @@ class DeviceRequests:
                 return none
             raise UnsupportedError(
                 "its disks and network cards cannot be changed while it runs: it was not started as a Xen domain"
+            )
+
+        if self._sealed and say:
+            raise UnsupportedError(
+                f"{SEALED}: disks and cards are given to it when it is made, or later if sealed=False was"
             )
 
         def answer(result: dict[str, Any] | NonrootError) -> None:

@@ -235,12 +235,26 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
 
     def _do_start(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         self._began = time.monotonic()
-        self._need().start()
+        runner = self._need()
+        if params.get("concierge"):
+            self._seal(runner, socket.socket(fileno=connection.take_fds(1)[0]))
+        runner.start()
         if self._options is not None and self._options.saved is not None:
             self._freshen()
         self._messages.say("powered on")
         self._tell_watchers()
         return {}
+
+    def _seal(self, runner: Any, concierge: socket.socket) -> None:
+        if not isinstance(runner, Runner):  # another machine, which is of no use to seal
+            concierge.close()
+            return
+        force = runner.seal(concierge)
+        if force is not None:
+            self._sealed = True
+            self._messages.say(f"its process is confined by {', '.join(force.names)}")
+            for missing in force.missing:
+                self._messages.say(f"its process is confined less than it could be: {missing}")
 
     def _do_watch(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
         """Tell this client from now on what state the domain is in, and nothing else."""

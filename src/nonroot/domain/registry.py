@@ -24,7 +24,7 @@ from typing import Any, Final
 from nonroot.errors import BadOptionError, NotRunningError, TransientError
 from nonroot.xen.config import LAST_DOMID
 
-__all__ = ["ZERO_NAME", "Entry", "Registration", "check_name", "entries", "find", "runtime_dir"]
+__all__ = ["ZERO_NAME", "Entry", "Registration", "check_name", "entries", "find", "runtime_dir", "sweep"]
 
 ZERO_NAME: Final = "Domain-0"
 """What xl's users call the control process; no domain is named so."""
@@ -170,8 +170,9 @@ class Registration:
     def close(self) -> None:
         """Remove the entry. Safe to call again."""
         if self._fd >= 0:
-            self.socket_path.unlink(missing_ok=True)
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # a sealed domain's client does it, or whoever looks next
+                self.socket_path.unlink(missing_ok=True)
+                self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
 
@@ -208,6 +209,12 @@ def entries() -> list[Entry]:
         if entry is not None:
             found.append(entry)
     return found
+
+
+def sweep(name: str) -> None:
+    """Remove what a domain's process has left there that could not do so; nothing happens if it runs."""
+    with contextlib.suppress(TransientError, OSError):
+        _read(runtime_dir() / f"{check_name(name)}.json")
 
 
 def find(name: str) -> Entry:

@@ -9,8 +9,9 @@ from nonroot.domain.console import ConsoleFile, ConsoleLog
 from nonroot.domain.display import DisplayService
 from nonroot.domain.messages import MessageLog
 from nonroot.domain.registry import Registration, runtime_dir
+from nonroot.domain.sealing import SEALED
 from nonroot.domain.viewers import Viewers
-from nonroot.errors import BadFileError, BadOptionError, NotRunningError
+from nonroot.errors import BadFileError, BadOptionError, NotRunningError, UnsupportedError
 
 if TYPE_CHECKING:
     from nonroot.domain.connection import Connection
@@ -23,6 +24,8 @@ class DisplayRequests:
 
     _display: DisplayService | None = None
     _registration: Registration | None = None
+    _sealed: bool = False
+    """Whether this process has given up the host; see :mod:`nonroot.domain.sealing`."""
 
     def __init__(self) -> None:
         self._log = ConsoleLog()
@@ -80,6 +83,8 @@ class DisplayRequests:
         if not isinstance(name, str):
             raise BadOptionError("a domain's name is text")
         if name != before.name:
+            if self._sealed:
+                raise UnsupportedError(f"{SEALED}: it cannot be renamed")
             self._registration = Registration(name, before.since, **before.facts)
             self._listen(self._registration.listen())
             before.close()
@@ -96,6 +101,8 @@ class DisplayRequests:
     ) -> dict[str, Any]:
         """Write the console's output to a file of bounded size as well."""
         path, limit = params.get("path"), params.get("limit", 1 << 20)
+        if self._sealed:
+            raise UnsupportedError(f"{SEALED}: its console cannot be kept in a file")
         if not isinstance(path, str) or not isinstance(limit, int) or limit < 1:
             raise BadOptionError("the console is kept in a file of a size")
         try:

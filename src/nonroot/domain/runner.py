@@ -10,6 +10,7 @@ agent sent, until the loop has acted on it (:meth:`Runner.release`).
 import base64
 import os
 import resource
+import socket
 import struct
 import threading
 import time
@@ -31,6 +32,7 @@ from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
 from nonroot.domain.saving import Saved, check_can_be_saved, fill, image, read_saved, write_fork, write_saved
+from nonroot.domain.sealing import can_be_sealed, connector, seal
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError, NotRunningError
 from nonroot.hvm.device import StateError
@@ -41,6 +43,7 @@ from nonroot.xen.config import XenConfig
 from nonroot.xen.platform_pci import XenPlatform
 
 if TYPE_CHECKING:
+    from nonroot.confine import Confinement
     from nonroot.domain.guest_devices import GuestDevices
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.config import Outputs
@@ -245,10 +248,26 @@ class Runner:
         if isinstance(results[0], NonrootError):
             raise results[0]
 
-    def save(self, path: str, packed: bool, greeting: bytes, toolstack: dict[str, Any] | None) -> dict[str, Any]:
-        """Write the domain to a file; its vCPU stands, and this is its thread."""
+    def seal(self, concierge: socket.socket) -> "Confinement | None":
+        """Confine this process, whose guest has not begun; None if it needs more of the host. TransientError.
+
+        ``concierge``: see :mod:`nonroot.domain.sealing`; it is ours to close.
+        """
+        if self._thread is not None or not can_be_sealed(self._options):
+            concierge.close()
+            return None
+        if self.xen is None:
+            concierge.close()
+        else:
+            self.xen.seal(connector(concierge))
+        return seal(self._options.memory)
+
+    def save(
+        self, path: str, packed: bool, greeting: bytes, toolstack: dict[str, Any] | None, file: int | None = None
+    ) -> dict[str, Any]:
+        """Write the domain to a file; its vCPU stands, and this is its thread. ``file``: see :func:`write_saved`."""
         machine, options, line = self._machine, self._options, self._command_line
-        return write_saved(path, packed, machine, options, line, self._by_serial, greeting, self.xen, toolstack)
+        return write_saved(path, packed, machine, options, line, self._by_serial, greeting, self.xen, toolstack, file)
 
     def fork(self, greeting: bytes) -> list[int]:
         """Descriptors of what a fork goes on from; the vCPU stands, and this is its thread."""

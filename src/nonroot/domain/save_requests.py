@@ -9,6 +9,7 @@ from nonroot.domain.agent import AgentSession
 from nonroot.domain.connection import Connection
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.saving import check_can_be_saved
+from nonroot.domain.sealing import SEALED
 from nonroot.errors import BadOptionError, NonrootError, TransientError, UnsupportedError
 
 __all__ = ["SaveRequests"]
@@ -25,6 +26,7 @@ class SaveRequests:
     _options: DomainOptions | None
     _stop_error: NonrootError | None
     _snapshot_greeting: bytes = b""
+    _sealed: bool = False
 
     def _need(self) -> Any:
         raise NotImplementedError
@@ -91,6 +93,7 @@ class SaveRequests:
         question: Callable[[], Any],
         reply: Callable[[Any], tuple[dict[str, Any], list[int] | None]],
         after: Callable[[], bool] = lambda: True,
+        finally_: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Answer with what ``question`` gives while the guest stands, in the vCPU's thread.
@@ -109,6 +112,7 @@ class SaveRequests:
                 runner.unpause()
                 runner.work(lambda: time.sleep(0.01), lambda nothing: go())
                 return
+            finally_()
             if isinstance(result, NonrootError):
                 connection.fail(request, result)
             else:
@@ -127,10 +131,19 @@ class SaveRequests:
         path, packed, stay = params.get("path"), bool(params.get("packed", True)), bool(params.get("stay", False))
         if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
             raise BadOptionError(f"{path!r} is no absolute path")
+        file: int | None = None
+        if params.get("file"):
+            (file,) = connection.take_fds(1)
+        elif self._sealed:
+            raise UnsupportedError(f"{SEALED}: it can be saved by the program that made it only")
         toolstack = params.get("toolstack")
         if toolstack is not None and not isinstance(toolstack, dict):
             raise BadOptionError("what the toolstack wants to be saved is no record")
-        greeting = self._check()
+        try:
+            greeting = self._check()
+        except NonrootError:
+            _close(file)
+            raise
         runner = self._need()
         began = time.monotonic()
 
@@ -140,6 +153,11 @@ class SaveRequests:
             return result | {"seconds": seconds}, None
 
         def save() -> Any:
-            return runner.save(path, packed, greeting, toolstack)
+            return runner.save(path, packed, greeting, toolstack, file)
 
-        self._standing(connection, request, save, said, lambda: not stay)
+        self._standing(connection, request, save, said, lambda: not stay, lambda: _close(file))
+
+
+def _close(file: int | None) -> None:
+    if file is not None:
+        os.close(file)

@@ -94,16 +94,18 @@ def write_saved(
     greeting: bytes,
     xen: "XenServices | None",
     toolstack: dict[str, Any] | None = None,
+    file: int | None = None,
 ) -> dict[str, Any]:
     """
-    Save a domain whose vCPU stands, in the vCPU's thread. ``toolstack``: put into the file for the toolstack.
+    Save a domain whose vCPU stands, in the vCPU's thread. ``toolstack``: put into the file for the toolstack. ``file``:
+    the descriptor of an empty file, which the caller puts at ``path``; None: that is done here.
 
     BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
     """
     facts = _facts(machine, options, command_line, by_serial, greeting, xen)
     records = take(machine)
     machine.ram.share()
-    with Writer(path, packed) as writer:
+    with Writer(path, packed, file=file) as writer:
         _put(writer, facts, records, toolstack)
         with _ram(machine) as (fd, contents):
             writer.memory(RAM, contents, data_extents(fd))

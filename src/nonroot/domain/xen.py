@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from nonroot.confine import give_up_files
 from nonroot.errors import TransientError
 from nonroot.hvm.device import StateError
 from nonroot.saved.fields import Fields
@@ -61,6 +62,7 @@ class StoreLink:
         self._out = bytearray()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = threading.Event()
+        self._sealing: threading.Event | None = None
         self._relay = Relay(self._to_store, self._to_guest)
         self._deliver = host.attach_store(self._from_guest, lambda: self._relay.room)
         self._thread = threading.Thread(target=self._run, name="xenstore-ring", daemon=True)
@@ -98,6 +100,19 @@ class StoreLink:
         """The guest starts again: nothing of what it asked for before is for it. In the vCPU's thread."""
         with self._lock:
             self._relay.reset()
+
+    def seal(self) -> None:
+        """Have the thread give up files and capabilities; done when this returns."""
+        done = self._sealing = threading.Event()
+        os.eventfd_write(self._wake, 1)
+        if not done.wait(PATIENCE) and self._thread.is_alive():
+            raise TransientError("the thread that carries XenStore's requests does not answer")
+
+    def _seal_thread(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            give_up_files()
+            sealing.set()
 
     def _from_guest(self, data: bytes) -> None:
         with self._lock:
@@ -148,6 +163,7 @@ class StoreLink:
                             self._relay.from_store(data)
                     elif key.fileobj == self._wake:
                         os.eventfd_read(self._wake)
+                        self._seal_thread()
 
 
 class XenServices:
@@ -296,6 +312,12 @@ class XenServices:
     def attached(self) -> bool:
         """Whether a machine has been connected."""
         return self._link is not None
+
+    def seal(self, connect: Callable[[], socket.socket | None]) -> None:
+        """Get ready for a process that is sealed: ``connect`` makes connections to XenStore. TransientError."""
+        self.store.connector = connect
+        if self._link is not None:
+            self._link.seal()
 
     def shutdown(self, how: str = "poweroff") -> None:
         """Ask the guest to shut down: ``poweroff`` or ``reboot``."""

@@ -228,6 +228,9 @@ class GuestRam:
 
 
 def _reopened(fd: int) -> int:
+    """A descriptor that can only be read; a sealed process can make one of a memory file's, not of another file's."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        return os.dup(fd)
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 

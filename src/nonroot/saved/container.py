@@ -25,7 +25,7 @@ import xxhash
 
 from nonroot.errors import BadFileError, TransientError
 
-__all__ = ["PAGE_SIZE", "Reader", "Run", "Writer"]
+__all__ = ["PAGE_SIZE", "Reader", "Run", "Writer", "draft_of"]
 
 MAGIC: Final = b"NRsaved\0"
 VERSION: Final = 1
@@ -50,6 +50,31 @@ class Run:
     first: int
     count: int
     contents: memoryview
+
+
+@contextlib.contextmanager
+def draft_of(path: Path, *, durable: bool) -> Iterator[int]:
+    """The descriptor of a file beside ``path``, which takes its place if nothing is raised, and goes otherwise.
+
+    ``durable``: have it on the disk before. BadFileError, TransientError.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BadFileError(f"{path} cannot be written: {_reason(error)}") from None
+    try:
+        yield fd
+        try:
+            if durable:
+                os.fsync(fd)
+            draft.replace(path)
+        except OSError as error:
+            raise TransientError(f"{path} cannot be written: {_reason(error)}") from None
+    finally:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 class Writer:

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from nonroot.confine import confine_server
+from nonroot.confine import XENSTORE, confine
 from nonroot.domain import host
 from nonroot.errors import NonrootError
 from nonroot.xenstore import place
@@ -39,8 +39,10 @@ def main() -> None:
     server.sign()
     install_signals(server)
     host.name_process("nr-xenstored")
-    force = confine_server(folder)
-    print(f"nonroot-xenstored {os.getpid()}: serving, confined by {', '.join(force) or 'nothing'}", file=sys.stderr)
+    inside = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    force = confine(XENSTORE, folder=inside)
+    os.close(inside)
+    print(f"nonroot-xenstored {os.getpid()}: serving, confined by {', '.join(force.names)}", file=sys.stderr)
     sys.stderr.flush()
     os.write(say_ready, b"!")
     os.close(say_ready)

@@ -262,6 +262,8 @@ class XenStore(Requests):
         self.life = 0
         """Counts its connections: transactions do not outlive theirs."""
         self._closed = False
+        self.connector: Callable[[], socket.socket | None] | None = None
+        """How a connection is made, by a process that cannot do so itself; None: by the socket's path."""
         with self.lock:
             self._reconnect()
         if domid:  # what an earlier client of that domain watched is not for this one
@@ -409,13 +411,17 @@ class XenStore(Requests):
         if self._closed:
             raise XenStoreLostError("XenStore: this connection was closed")
         try:
-            connection = place.open_socket(self._path or place.socket_path())
-            if connection is None and self._path is None:
-                connection = place.open_socket(place.ensure())
+            if self.connector is not None:
+                connection = self.connector()
+            else:
+                connection = place.open_socket(self._path or place.socket_path())
+                if connection is None and self._path is None:
+                    connection = place.open_socket(place.ensure())
         except OSError as error:
             raise XenStoreLostError(f"XenStore's socket cannot be used: {error.strerror or error}") from error
         if connection is None:
-            raise XenStoreLostError(f"nobody serves XenStore at {self._path or place.socket_path()}")
+            where = "" if self.connector is not None else f" at {self._path or place.socket_path()}"
+            raise XenStoreLostError(f"nobody serves XenStore{where}")
         connection.settimeout(_REPLY_SECONDS)
         self._socket = connection
         self.life += 1
