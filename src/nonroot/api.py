@@ -122,7 +122,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         name: str | None = None,
         console: bool = True,
         kept: bool = False,
-        sealed: bool = True,
+        sealed: bool = False,
         fetch: bool = True,
         progress: Callable[[str], None] | None = None,
         fetch_progress: Callable[[str, float], None] | None = None,
@@ -396,7 +396,11 @@ class Domain(RunsCommands, HasScreen, HasDevices):
     def _new_fork(self) -> Self:
         options = self._options
         return type(self)(
-            engine=options.engine, off=options.off, timeout=self._boot_timeout, console=self._want_console
+            engine=options.engine,
+            off=options.off,
+            timeout=self._boot_timeout,
+            console=self._want_console,
+            sealed=self._sealed,
         )
 
     def _start_as_fork(self, files: Sequence[int]) -> Self:

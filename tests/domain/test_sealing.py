@@ -23,7 +23,7 @@ LANDLOCK, SECCOMP = _engine.confinement_of_host()
 def domain() -> Iterator[Domain]:
     if cached("cloud-amd64") is None:
         pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
-    with Domain(memory="128M", kept=True, xen=True, name="sealed-one") as domain:
+    with Domain(memory="128M", kept=True, xen=True, name="sealed-one", sealed=True) as domain:
         domain.wait_ready()
         yield domain
     entries = list(registry.runtime_dir().glob("sealed-one.*"))

@@ -155,7 +155,7 @@ def test_devices_that_come_later_count_too(tmp_path: Path) -> None:
         pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
     image = tmp_path / "disk.img"
     image.write_bytes(b"x" * (1 << 20))
-    with Domain(memory="128M", kept=True, xen=True, sealed=False) as domain:
+    with Domain(memory="128M", kept=True, xen=True) as domain:
         domain.wait_ready()
         domain.snapshot()
         domain.add_disk(os.fspath(image))

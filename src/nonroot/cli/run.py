@@ -297,7 +297,9 @@ class Session:
         reporter = self.reporter
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(FetchBar(reporter))
-            domain = Domain(**self.options.domain, progress=bar.step, fetch_progress=bar.show)
+            # Somebody else may want to change a domain that has a name.
+            sealed = bool(self.options.command) and not self.options.domain.get("name")
+            domain = Domain(**self.options.domain, sealed=sealed, progress=bar.step, fetch_progress=bar.show)
             relay = stack.enter_context(SignalRelay(domain.kill))
             stack.callback(domain.destroy)
             try:
