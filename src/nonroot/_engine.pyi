@@ -4,6 +4,7 @@ from typing import Any, Self, final
 
 __all__ = [
     "VERSION",
+    "Companion",
     "Memory",
     "Vcpu",
     "XenPath",
@@ -53,6 +54,10 @@ class Memory:
         """(backing, offset, writable) of a frame; None if it is not RAM."""
     def runs(self) -> list[tuple[int, int, int, int, bool]]:
         """(gfn, count, backing, offset, writable) for each contiguous run."""
+    def addresses(self) -> list[int]:
+        """Host addresses of the backings, by number; they stay what they are as long as the memory exists."""
+    def generation(self) -> int:
+        """Changes with every change of the p2m, and when something else is put behind a backing."""
     def read(self, gpa: int, length: int) -> bytes:
         """Guest-physical bytes. ValueError naming the address if some of it is not RAM."""
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
@@ -166,6 +171,43 @@ class Vcpu:
         """Guest-physical address of a linear address as supervisor, without side effects; None if not mapped."""
     def flush(self) -> None:
         """Drop all cached translations and decoded code."""
+
+@final
+class Companion:
+    """
+    All of a vCPU but the execution of instructions, for an engine whose guest code something else executes: its local
+    APIC, the MSRs that are values only, interrupts, halting, time. For the vCPU's thread.
+
+    ``cr8`` is always the guest's present task priority.
+    """
+
+    def __new__(cls, vcpu: Vcpu) -> Self: ...
+    def attend(self, interruptible: bool, cr8: int) -> tuple[int, Any, int | None]:
+        """
+        What is to be done before the guest is entered, as (action, value, when the local APIC's timer is due in ns).
+
+        0: enter it. 1: enter it, and come back as soon as it can take an interrupt. 2: inject the interrupt ``value``,
+        then ask again. 3: inject an NMI, then ask again. 4: return the exit ``value``, a tuple as of :meth:`Vcpu.run`.
+        5: there is an INIT or start-up IPI: bring the vCPU's state up to date, call :meth:`take_messages`, and load
+        what its state is then.
+
+        :param interruptible: it can take an interrupt at this instruction.
+        """
+    def take_messages(self) -> None: ...
+    def halt(self, interrupts_on: bool) -> None:
+        """The guest has executed HLT."""
+    def shut_down(self) -> None:
+        """The guest had a triple fault."""
+    def apic_read(self, gpa: int, size: int, cr8: int) -> bytes | None:
+        """What a load from the local APIC's page gives; None if that is elsewhere."""
+    def apic_write(self, gpa: int, data: bytes, cr8: int) -> int | None:
+        """A store to that page; CR8 afterwards, or None."""
+    def msr_read(self, index: int, cr8: int) -> tuple[int, int]:
+        """(0, value); (1, 0): there is no such register; (2, 0): it cannot be read."""
+    def msr_write(self, index: int, value: int, cr8: int) -> tuple[int, int]:
+        """The same as for ``msr_read``, and CR8 afterwards."""
+    def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        """What CPUID returns in the present state."""
 
 @final
 class XenPath:

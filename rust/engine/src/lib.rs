@@ -2,6 +2,7 @@
 //! documentation, is `src/nonroot/_engine.pyi`; this crate only translates.
 
 mod confine;
+mod companion;
 mod coverage;
 mod cpu_state;
 mod exits;
@@ -77,6 +78,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VERSION", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<memory::Memory>()?;
     module.add_class::<vcpu::Vcpu>()?;
+    module.add_class::<companion::Companion>()?;
     module.add_class::<xen::XenPath>()?;
     module.add_function(wrap_pyfunction!(agent, module)?)?;
     module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;

@@ -117,6 +117,14 @@ impl Memory {
         runs.iter().map(|r| (r.gfn, r.count, r.backing, r.offset, r.flags & P2M_WRITABLE != 0)).collect()
     }
 
+    fn addresses(&self) -> Vec<u64> {
+        self.inner.addresses()
+    }
+
+    fn generation(&self) -> u64 {
+        self.inner.generation()
+    }
+
     fn read<'py>(&self, py: Python<'py>, gpa: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
         if length > 1 << 40 {
             return Err(error(MemoryError::OutOfRange));

@@ -42,7 +42,8 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    fn inner(&self) -> PyResult<MutexGuard<'_, Inner>> {
+    /// The vCPU itself. RuntimeError while another thread uses it.
+    pub fn inner(&self) -> PyResult<MutexGuard<'_, Inner>> {
         match self.inner.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::WouldBlock) => {

@@ -463,7 +463,7 @@ impl Cpu {
     }
 
     /// Takes interrupt messages from the mailbox.
-    fn take_messages(&mut self) {
+    pub fn take_messages(&mut self) {
         let messages = std::mem::take(&mut *self.mailbox.messages.lock().unwrap());
         for m in messages {
             match m.mode {

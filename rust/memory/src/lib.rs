@@ -210,7 +210,13 @@ impl Memory {
         if result == libc::MAP_FAILED {
             return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
+        self.changed();
         Ok(())
+    }
+
+    /// Host addresses of the backings, in the order of their numbers. They stay where they are.
+    pub fn addresses(&self) -> Vec<u64> {
+        self.backings.lock().unwrap().iter().map(|b| b.base as u64).collect()
     }
 
     /// Forgets what was written to a private backing: it is as its file is. Nobody may use it meanwhile, and whoever
@@ -368,7 +374,7 @@ impl Memory {
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Changes whenever frames were mapped or unmapped: whoever caches translations
+    /// Changes whenever frames were mapped or unmapped, or what is behind a backing was: whoever caches translations
     /// or code must then drop them.
     #[inline]
     pub fn generation(&self) -> u64 {

@@ -94,6 +94,7 @@ class InterpretEngine:
 
     name: str = "interpret"
     capabilities: frozenset[Capability] = frozenset(Capability)
+    tsc_khz: int = 1_000_000
     _translates: bool = False
     _more: Mapping[str, Any] = {}
     _has_xen_path: bool = False

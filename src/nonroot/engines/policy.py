@@ -17,9 +17,12 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import gcd
-from typing import Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from nonroot.errors import BadOptionError
+
+if TYPE_CHECKING:
+    from nonroot.engines.protocol import Engine
 
 __all__ = ["ANY_SUBLEAF", "FEATURES", "CpuPolicy", "CpuidLeaf", "Feature"]
 
@@ -145,6 +148,7 @@ class CpuPolicy:
         cls,
         host_features: Iterable[str],
         *,
+        only: Iterable[str] | None = None,
         enable: Iterable[str] = (),
         disable: Iterable[str] = (),
         vcpus: int = 1,
@@ -154,6 +158,7 @@ class CpuPolicy:
         The default CPU with features switched by name.
 
         :param host_features: the host's flags, as in /proc/cpuinfo.
+        :param only: what there is at all: an engine that does not make the CPU itself has not everything.
         :param enable: features to switch on; an engine or host that lacks one is an error.
         :param disable: features to switch off; what depends on them goes too.
         :param tsc_khz: guest TSC frequency in kHz.
@@ -170,11 +175,14 @@ class CpuPolicy:
             raise BadOptionError(f"the CPU feature {min(on & off)} is switched both on and off")
         if off & _REQUIRED:
             raise BadOptionError(f"the CPU feature {min(off & _REQUIRED)} cannot be switched off")
+        present = frozenset(FEATURES if only is None else only)
+        for name in sorted(on - present):
+            raise BadOptionError(f"guests cannot have the CPU feature {name} under this engine, on this machine")
         for name in sorted(on):
             if FEATURES[name].native and name not in host:
                 raise BadOptionError(f"this machine's CPU has no {name}, so guests cannot have it")
         chosen = {n for n, f in FEATURES.items() if (f.default or n in on) and n not in off}
-        chosen = {n for n in chosen if not FEATURES[n].native or n in host}
+        chosen = {n for n in chosen if n in present and (not FEATURES[n].native or n in host)}
         while broken := {n for n in chosen if not chosen.issuperset(FEATURES[n].needs)}:
             chosen -= broken
         for name in sorted(on - chosen):
@@ -184,6 +192,12 @@ class CpuPolicy:
         policy = cls(frozenset(chosen), vcpus, tsc_khz)
         policy.tsc_ratio()
         return policy
+
+    @classmethod
+    def of_engine(cls, engine: Engine, *, disable: Iterable[str] = ()) -> Self:
+        """All that an engine has, but for ``disable``."""
+        features = engine.cpu_features
+        return cls.build(features, only=features, disable=disable, tsc_khz=engine.tsc_khz)
 
     def tsc_ratio(self) -> tuple[int, int]:
         """Numerator and denominator of CPUID 0x15. BadOptionError if Linux could not compute with them."""

@@ -194,6 +194,10 @@ class Engine(Protocol):
     def cpu_features(self) -> frozenset[str]:
         """The CPU features that it implements on this machine, names of :data:`nonroot.engines.policy.FEATURES`."""
 
+    @property
+    def tsc_khz(self) -> int:
+        """The TSC frequency that its guests have unless another is asked for, in kHz."""
+
     def optimisations(self) -> Mapping[str, str]:
         """Optimisations that ``EngineOptions.off`` can switch off: name to description."""
 

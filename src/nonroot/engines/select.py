@@ -41,10 +41,17 @@ def _lockstep() -> Engine:
     return LockstepEngine()
 
 
+def _kvm() -> Engine:
+    from nonroot.engines.kvm.engine import KvmEngine
+
+    return KvmEngine()
+
+
 ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {
     "translate": _translate,
     "interpret": _interpret,
     "lockstep": _lockstep,
+    "kvm": _kvm,
 }
 """The engines that exist, by name."""
 

@@ -111,7 +111,7 @@ class Machine:
         self.ram = GuestRam(self.memory, self.memory_files, self.memory_map.memory_bytes, config.ram_base)
         finalize(self, close_files, self.memory_files)
         if policy is None:
-            policy = CpuPolicy.build(engine.cpu_features)
+            policy = CpuPolicy.of_engine(engine)
         if config.xen is not None:
             leaves = [CpuidLeaf(*leaf) for leaf in cpuid_leaves(config.xen.domid, policy.tsc_khz)]
             policy = replace(policy, hypervisor=tuple(leaves))

@@ -26,7 +26,7 @@ class EngineBase:
 
     def policy(self, engine: Engine, **changes: Any) -> CpuPolicy:
         """A CPU that the engine can show."""
-        policy = CpuPolicy.build(engine.cpu_features)
+        policy = CpuPolicy.of_engine(engine)
         return replace(policy, **changes)
 
     def machine(self, source: str = "", bits: int = 64, /, scrambled: bool = True, **options: Any) -> BareMachine:
@@ -45,3 +45,8 @@ class EngineBase:
         engine = self.make_engine()
         if capability not in engine.capabilities:
             pytest.skip(f"the {engine.name} engine has no {capability.value}")
+
+    def advance(self, machine: BareMachine, count: int) -> None:
+        """Run ``count`` instructions; under an engine that does not count them, up to the next exit."""
+        counts = Capability.INSTRUCTION_LIMIT in machine.engine.capabilities
+        machine.run(limit=count if counts else None)

@@ -14,7 +14,7 @@ import pytest
 from nonroot.engines.exits import Exit, Halt, Interrupted, Mmio, MsrRead, MsrWrite, PortIo, TripleFault
 from nonroot.engines.kvm import abi
 from nonroot.engines.kvm.system import System
-from nonroot.engines.kvm.vcpu import KvmVcpu
+from nonroot.engines.kvm.vcpu import RawVcpu
 from nonroot.engines.kvm.vm import VirtualMachine, slots_of
 from nonroot.engines.policy import CpuPolicy
 from nonroot.errors import UnsupportedError
@@ -49,7 +49,7 @@ class Toy:
         self.vm = VirtualMachine(self.system, msr_exits=msr_exits)
         self.runs = [(gfn, 1, 0, (PAGES - 1 - gfn) * 4096, True) for gfn in range(PAGES)]
         self.slots = self.vm.map(self.runs, [self.address])
-        self.vcpu: KvmVcpu = self.vm.create_vcpu()
+        self.vcpu: RawVcpu = self.vm.create_vcpu()
 
     def write(self, address: int, data: bytes) -> None:
         for i, byte in enumerate(data):

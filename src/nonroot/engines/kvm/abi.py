@@ -14,17 +14,26 @@ __all__ = [
     "API_VERSION",
     "Capability",
     "CpuidEntry",
+    "DebugRegisters",
+    "DeviceAttribute",
     "EnableCap",
+    "Events",
+    "ExtendedControl",
+    "GuestDebug",
     "ExitReason",
     "Ioctl",
     "MemoryRegion",
     "Msi",
+    "MsrEntry",
+    "MsrFilter",
+    "MsrRange",
     "Registers",
     "RunPage",
     "Segment",
     "SignalMask",
     "SystemRegisters",
     "Table",
+    "Translation",
 ]
 
 API_VERSION: Final = 12
@@ -34,6 +43,21 @@ MEM_READONLY: Final = 2
 #: Reasons of ``Capability.X86_USER_SPACE_MSR``: an access that the guest may not make, and an unknown MSR.
 MSR_EXIT_INVALID: Final = 1
 MSR_EXIT_UNKNOWN: Final = 2
+MSR_EXIT_FILTER: Final = 4
+#: ``MsrFilter.flags``, and of a range.
+MSR_FILTER_DEFAULT_DENY: Final = 1
+MSR_FILTER_READ: Final = 1
+MSR_FILTER_WRITE: Final = 2
+#: ``GuestDebug.control``.
+GUESTDBG_ENABLE: Final = 1
+GUESTDBG_SINGLESTEP: Final = 2
+GUESTDBG_USE_HW_BP: Final = 0x20000
+#: ``Events.flags``: what of the structure counts.
+EVENTS_NMI_PENDING: Final = 1
+EVENTS_SHADOW: Final = 4
+#: ``DeviceAttribute`` of a vCPU: what is added to the host's TSC.
+VCPU_TSC_CTRL: Final = 0
+VCPU_TSC_OFFSET: Final = 0
 #: ``CpuidEntry.flags``: the entry is of one subleaf.
 CPUID_SIGNIFICANT_INDEX: Final = 1
 #: ``RunPage.internal_suberror``: KVM does not know the instruction.
@@ -131,6 +155,98 @@ class CpuidEntry(ctypes.Structure):
     ]
 
 
+class MsrEntry(ctypes.Structure):
+    """``struct kvm_msr_entry``."""
+
+    _fields_ = [("index", _u32), ("reserved", _u32), ("data", _u64)]
+
+
+class MsrRange(ctypes.Structure):
+    """``struct kvm_msr_filter_range``; a set bit of the bitmap allows the access."""
+
+    _fields_ = [("flags", _u32), ("count", _u32), ("base", _u32), ("bitmap", ctypes.c_void_p)]
+
+
+class MsrFilter(ctypes.Structure):
+    """``struct kvm_msr_filter``."""
+
+    _fields_ = [("flags", _u32), ("ranges", MsrRange * 16)]
+
+
+class DeviceAttribute(ctypes.Structure):
+    """``struct kvm_device_attr``."""
+
+    _fields_ = [("flags", _u32), ("group", _u32), ("attribute", _u64), ("address", _u64)]
+
+
+class DebugRegisters(ctypes.Structure):
+    """``struct kvm_debugregs``."""
+
+    _fields_ = [("db", _u64 * 4), ("dr6", _u64), ("dr7", _u64), ("flags", _u64), ("reserved", _u64 * 9)]
+
+
+class GuestDebug(ctypes.Structure):
+    """``struct kvm_guest_debug``."""
+
+    _fields_ = [("control", _u32), ("padding", _u32), ("debugreg", _u64 * 8)]
+
+
+class _ExtendedControlRegister(ctypes.Structure):
+    _fields_ = [("number", _u32), ("reserved", _u32), ("value", _u64)]
+
+
+class ExtendedControl(ctypes.Structure):
+    """``struct kvm_xcrs``."""
+
+    _fields_ = [
+        ("count", _u32),
+        ("flags", _u32),
+        ("registers", _ExtendedControlRegister * 16),
+        ("padding", _u64 * 16),
+    ]
+
+
+class Translation(ctypes.Structure):
+    """``struct kvm_translation``."""
+
+    _fields_ = [
+        ("linear", _u64),
+        ("physical", _u64),
+        ("valid", _u8),
+        ("writable", _u8),
+        ("user", _u8),
+        ("padding", _u8 * 5),
+    ]
+
+
+class _Exception(ctypes.Structure):
+    _fields_ = [("injected", _u8), ("vector", _u8), ("has_error", _u8), ("pending", _u8), ("error", _u32)]
+
+
+class _Interrupt(ctypes.Structure):
+    _fields_ = [("injected", _u8), ("vector", _u8), ("soft", _u8), ("shadow", _u8)]
+
+
+class _Nmi(ctypes.Structure):
+    _fields_ = [("injected", _u8), ("pending", _u8), ("masked", _u8), ("padding", _u8)]
+
+
+class Events(ctypes.Structure):
+    """``struct kvm_vcpu_events``."""
+
+    _fields_ = [
+        ("exception", _Exception),
+        ("interrupt", _Interrupt),
+        ("nmi", _Nmi),
+        ("sipi_vector", _u32),
+        ("flags", _u32),
+        ("smi", _u8 * 4),
+        ("reserved", _u8 * 27),
+        ("exception_has_payload", _u8),
+        ("exception_payload", _u64),
+    ]
+
+
 class _Io(ctypes.Structure):
     _fields_ = [("direction", _u8), ("size", _u8), ("port", _u16), ("count", _u32), ("data_offset", _u64)]
 
@@ -199,6 +315,7 @@ class ExitReason(enum.IntEnum):
     SHUTDOWN = 8
     FAIL_ENTRY = 9
     INTR = 10
+    SET_TPR = 11
     INTERNAL_ERROR = 17
     IOAPIC_EOI = 26
     X86_RDMSR = 29
@@ -210,12 +327,14 @@ class Capability(enum.IntEnum):
 
     USER_MEMORY = 3
     NR_MEMSLOTS = 10
+    TSC_CONTROL = 60
     MAX_VCPUS = 66
     SIGNAL_MSI = 77
     READONLY_MEM = 81
     SPLIT_IRQCHIP = 121
     IMMEDIATE_EXIT = 136
     X86_USER_SPACE_MSR = 188
+    X86_MSR_FILTER = 189
 
 
 def _encode(direction: int, number: int, size: int) -> int:
@@ -230,6 +349,7 @@ class Ioctl(enum.IntEnum):
     CREATE_VM = _encode(0, 0x01, 0)
     CHECK_EXTENSION = _encode(0, 0x03, 0)
     GET_VCPU_MMAP_SIZE = _encode(0, 0x04, 0)
+    GET_SUPPORTED_CPUID = _encode(3, 0x05, 8)
     CREATE_VCPU = _encode(0, 0x41, 0)
     SET_USER_MEMORY_REGION = _encode(1, 0x46, ctypes.sizeof(MemoryRegion))
     SET_TSS_ADDR = _encode(0, 0x47, 0)
@@ -238,7 +358,27 @@ class Ioctl(enum.IntEnum):
     SET_REGS = _encode(1, 0x82, ctypes.sizeof(Registers))
     GET_SREGS = _encode(2, 0x83, ctypes.sizeof(SystemRegisters))
     SET_SREGS = _encode(1, 0x84, ctypes.sizeof(SystemRegisters))
+    TRANSLATE = _encode(3, 0x85, ctypes.sizeof(Translation))
+    INTERRUPT = _encode(1, 0x86, 4)
+    GET_MSRS = _encode(3, 0x88, 8)
+    SET_MSRS = _encode(1, 0x89, 8)
     SET_SIGNAL_MASK = _encode(1, 0x8B, 4)
     SET_CPUID2 = _encode(1, 0x90, 8)
+    NMI = _encode(0, 0x9A, 0)
+    SET_GUEST_DEBUG = _encode(1, 0x9B, ctypes.sizeof(GuestDebug))
+    GET_VCPU_EVENTS = _encode(2, 0x9F, ctypes.sizeof(Events))
+    SET_VCPU_EVENTS = _encode(1, 0xA0, ctypes.sizeof(Events))
+    GET_DEBUGREGS = _encode(2, 0xA1, ctypes.sizeof(DebugRegisters))
+    SET_DEBUGREGS = _encode(1, 0xA2, ctypes.sizeof(DebugRegisters))
+    SET_TSC_KHZ = _encode(0, 0xA2, 0)
+    GET_TSC_KHZ = _encode(0, 0xA3, 0)
+    GET_XSAVE = _encode(2, 0xA4, 4096)
+    SET_XSAVE = _encode(1, 0xA5, 4096)
+    GET_XCRS = _encode(2, 0xA6, ctypes.sizeof(ExtendedControl))
+    SET_XCRS = _encode(1, 0xA7, ctypes.sizeof(ExtendedControl))
+    X86_SET_MSR_FILTER = _encode(1, 0xC6, ctypes.sizeof(MsrFilter))
+    SET_DEVICE_ATTR = _encode(1, 0xE1, ctypes.sizeof(DeviceAttribute))
+    GET_DEVICE_ATTR = _encode(1, 0xE2, ctypes.sizeof(DeviceAttribute))
+    HAS_DEVICE_ATTR = _encode(1, 0xE3, ctypes.sizeof(DeviceAttribute))
     ENABLE_CAP = _encode(1, 0xA3, ctypes.sizeof(EnableCap))
     SIGNAL_MSI = _encode(1, 0xA5, ctypes.sizeof(Msi))

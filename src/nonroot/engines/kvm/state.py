@@ -11,10 +11,10 @@ from typing import Any, Final
 from nonroot.engines.kvm import abi
 from nonroot.engines.state import SEGMENT_NAMES, Segment, TableRegister, VcpuState
 
-__all__ = ["apply", "registers_of", "values_of"]
+__all__ = ["GPR", "apply", "registers_of", "values_of"]
 
 #: KVM's names in the order of :attr:`VcpuState.gpr`, and of its segments.
-_GPR: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+GPR: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 _SEGMENTS: Final = tuple("ldt" if name == "ldtr" else name for name in SEGMENT_NAMES)
 _CONTROL: Final = ("cr0", "cr2", "cr3", "cr4", "efer")
 #: KVM's one-bit fields and their place in VMX's access rights.
@@ -37,7 +37,7 @@ def _from_segment(segment: abi.Segment) -> Segment:
 
 def registers_of(state: VcpuState) -> abi.Registers:
     """The general registers, RIP and RFLAGS of a record."""
-    return abi.Registers(rip=state.rip, rflags=state.rflags, **dict(zip(_GPR, state.gpr, strict=True)))
+    return abi.Registers(rip=state.rip, rflags=state.rflags, **dict(zip(GPR, state.gpr, strict=True)))
 
 
 def apply(state: VcpuState, system: abi.SystemRegisters) -> None:
@@ -53,7 +53,7 @@ def apply(state: VcpuState, system: abi.SystemRegisters) -> None:
 def values_of(registers: abi.Registers, system: abi.SystemRegisters) -> Mapping[str, Any]:
     """The same fields back, by their names in :class:`VcpuState`, for :func:`dataclasses.replace`."""
     return {
-        "gpr": tuple(getattr(registers, name) for name in _GPR),
+        "gpr": tuple(getattr(registers, name) for name in GPR),
         "rip": registers.rip,
         "rflags": registers.rflags,
         "segments": tuple(_from_segment(getattr(system, name)) for name in _SEGMENTS),

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any, Final, Self
 
-from nonroot.engines.kvm.abi import API_VERSION, Capability, Ioctl
+from nonroot.engines.kvm.abi import API_VERSION, Capability, CpuidEntry, Ioctl, MsrEntry
 from nonroot.errors import UnsupportedError
 
-__all__ = ["DEVICE", "System", "call"]
+__all__ = ["DEVICE", "System", "call", "libc_ioctl"]
 
 DEVICE: Final = Path("/dev/kvm")
 _NEEDED: Final = (Capability.USER_MEMORY, Capability.IMMEDIATE_EXIT)
@@ -20,6 +20,8 @@ _NEEDED: Final = (Capability.USER_MEMORY, Capability.IMMEDIATE_EXIT)
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _libc.ioctl.restype = ctypes.c_int
+libc_ioctl: Final = _libc.ioctl
+"""(descriptor, number, argument) as they are; the result is negative for errors, which ctypes.get_errno has."""
 
 
 def call(descriptor: int, number: Ioctl, argument: Any = 0) -> int:
@@ -76,6 +78,30 @@ class System:
     def check(self, capability: Capability) -> int:
         """What KVM says of a capability: 0 if it has none."""
         return call(self.descriptor, Ioctl.CHECK_EXTENSION, capability)
+
+    def cpuid(self) -> dict[tuple[int, int], tuple[int, int, int, int]]:
+        """What KVM can show to guests: EAX, EBX, ECX and EDX by leaf and subleaf."""
+        most = 256
+
+        class Table(ctypes.Structure):
+            _fields_ = [("count", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("entries", CpuidEntry * most)]
+
+        table = Table(most)
+        call(self.descriptor, Ioctl.GET_SUPPORTED_CPUID, table)
+        return {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[: table.count]}
+
+    def feature_msr(self, index: int) -> int:
+        """The host's value of an MSR that says what the CPU is like; 0 if KVM does not tell."""
+
+        class Table(ctypes.Structure):
+            _fields_ = [("count", ctypes.c_uint32), ("padding", ctypes.c_uint32), ("entry", MsrEntry)]
+
+        table = Table(1, 0, MsrEntry(index))
+        try:
+            found = call(self.descriptor, Ioctl.GET_MSRS, table)
+        except OSError:
+            return 0
+        return int(table.entry.data) if found else 0
 
     def run_page_size(self) -> int:
         """Bytes of a vCPU's shared pages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,16 +10,22 @@ from typing import Final, Self
 
 from nonroot.engines.kvm.abi import (
     MEM_READONLY,
+    MSR_EXIT_FILTER,
     MSR_EXIT_INVALID,
     MSR_EXIT_UNKNOWN,
+    MSR_FILTER_DEFAULT_DENY,
+    MSR_FILTER_READ,
+    MSR_FILTER_WRITE,
     Capability,
     EnableCap,
     Ioctl,
     MemoryRegion,
     Msi,
+    MsrFilter,
+    MsrRange,
 )
 from nonroot.engines.kvm.system import System, call
-from nonroot.engines.kvm.vcpu import KvmVcpu
+from nonroot.engines.kvm.vcpu import RawVcpu
 from nonroot.errors import UnsupportedError
 
 __all__ = ["Run", "VirtualMachine", "slots_of"]
@@ -67,13 +74,13 @@ class VirtualMachine:
         self._free: list[int] = []
         self._used = 0
         self._limit = system.check(Capability.NR_MEMSLOTS) or 32
-        self._vcpus: list[KvmVcpu] = []
+        self._vcpus: list[RawVcpu] = []
         try:
             call(self.descriptor, Ioctl.SET_TSS_ADDR, _TSS)
             if split_irqchip:
                 self._enable(Capability.SPLIT_IRQCHIP, 24)
             if msr_exits:
-                self._enable(Capability.X86_USER_SPACE_MSR, MSR_EXIT_INVALID | MSR_EXIT_UNKNOWN)
+                self._enable(Capability.X86_USER_SPACE_MSR, MSR_EXIT_INVALID | MSR_EXIT_UNKNOWN | MSR_EXIT_FILTER)
         except BaseException:
             self.close()
             raise
@@ -84,6 +91,35 @@ class VirtualMachine:
         except OSError as error:
             raise UnsupportedError(
                 f"this kernel's KVM has no {capability.name} ({os.strerror(error.errno or 0)}); use another engine"
+            ) from None
+
+    def filter_msrs(self, allowed: Sequence[tuple[int, bool]]) -> None:
+        """
+        Leave these MSRs to KVM, as (index, whether writes too); accesses to others exit. Those of x2APIC are never
+        filtered. UnsupportedError if this KVM has no filter.
+        """
+        ranges = []
+        for index, writable in allowed:
+            flags = MSR_FILTER_READ | (MSR_FILTER_WRITE if writable else 0)
+            ranges.append(MsrRange(flags, 1, index))
+        # KVM takes sixteen ranges: neighbours share one.
+        merged: list[MsrRange] = []
+        for one in ranges:
+            last = merged[-1] if merged else None
+            if last is not None and last.flags == one.flags and last.base + last.count == one.base and last.count < 64:
+                last.count += 1
+            else:
+                merged.append(one)
+        maps = [ctypes.create_string_buffer(b"\xff" * 8, 8) for _ in merged]
+        table = MsrFilter(MSR_FILTER_DEFAULT_DENY)
+        for number, (one, bitmap) in enumerate(zip(merged, maps, strict=True)):
+            one.bitmap = ctypes.addressof(bitmap)
+            table.ranges[number] = one
+        try:
+            call(self.descriptor, Ioctl.X86_SET_MSR_FILTER, table)
+        except OSError as error:
+            raise UnsupportedError(
+                f"this kernel's KVM has no MSR filter ({os.strerror(error.errno or 0)}); use another engine"
             ) from None
 
     def map(self, runs: Iterable[Run], addresses: Mapping[int, int] | Sequence[int]) -> int:
@@ -122,7 +158,7 @@ class VirtualMachine:
         """An interrupt message as a device sends it, from any thread. Whether a local APIC took it."""
         return call(self.descriptor, Ioctl.SIGNAL_MSI, Msi(address & 0xFFFF_FFFF, address >> 32, data)) > 0
 
-    def create_vcpu(self, number: int = 0, clock: Callable[[], int] | None = None) -> KvmVcpu:
+    def create_vcpu(self, number: int = 0, clock: Callable[[], int] | None = None) -> RawVcpu:
         """
         A vCPU, ``number`` being its APIC ID.
 
@@ -138,7 +174,7 @@ class VirtualMachine:
             raise UnsupportedError(
                 f"KVM makes no vCPU {number} ({os.strerror(error.errno or 0)}): it has at most {most} for a domain"
             ) from None
-        vcpu = KvmVcpu(descriptor, self._system.run_page_size(), clock)
+        vcpu = RawVcpu(descriptor, self._system.run_page_size(), clock)
         self._vcpus.append(vcpu)
         return vcpu
 
