@@ -141,7 +141,7 @@ def run(tests: list[Path], folder: Path, limit_s: float = 280.0) -> Report:
     initrd.write_bytes(_initrd(guest.initrd.read_bytes(), guest.modules, tests))
     qemu = shutil.which(QEMU)
     assert qemu is not None
-    command: list[str | Path] = [qemu, "-accel", "tcg", "-M", "q35", "-cpu", "EPYC-v1,+svm", "-smp", "1", "-m", "768"]
+    command: list[str | Path] = [qemu, "-accel", "tcg", "-M", "q35", "-cpu", "EPYC-v1,+svm", "-smp", "1", "-m", "2048"]
     command += ["-nodefaults", "-display", "none", "-no-reboot", "-kernel", guest.kernel, "-initrd", initrd]
     command += ["-append", "console=ttyS0 quiet cryptomgr.notests rdinit=/bed/init panic=-1"]
     command += ["-serial", f"file:{console}", "-serial", f"file:{report}"]

@@ -45,6 +45,8 @@ class Capability(enum.StrEnum):
     MSR_EXITS = "msr-exits"
     #: The dirty log counts the guest's own writes.
     DIRTY_LOG = "dirty-log"
+    #: Instructions that CPUID does not show are undefined, whatever the host's CPU has.
+    EXACT_CPU = "exact-cpu"
     #: Named optimisations that can be switched off.
     OPTIMISATIONS = "optimisations"
 

@@ -58,6 +58,9 @@ EVENTS_SHADOW: Final = 4
 #: ``DeviceAttribute`` of a vCPU: what is added to the host's TSC.
 VCPU_TSC_CTRL: Final = 0
 VCPU_TSC_OFFSET: Final = 0
+#: Where KVM is unlike a CPU, for the sake of old users: the local APIC's LINT0 and hole, the port 0x7E, MWAIT without
+#: a bit in CPUID, VMCALL for VMMCALL and the other way round.
+QUIRKS: Final = 1 | 4 | 8 | 16 | 32 | 64
 #: ``CpuidEntry.flags``: the entry is of one subleaf.
 CPUID_SIGNIFICANT_INDEX: Final = 1
 #: ``RunPage.internal_suberror``: KVM does not know the instruction.
@@ -335,6 +338,7 @@ class Capability(enum.IntEnum):
     IMMEDIATE_EXIT = 136
     X86_USER_SPACE_MSR = 188
     X86_MSR_FILTER = 189
+    DISABLE_QUIRKS2 = 213
 
 
 def _encode(direction: int, number: int, size: int) -> int:

@@ -61,6 +61,11 @@ _TSC_TOLERANCE: Final = 250
 #: How often the guest's TSC is compared with machine time, and from which difference on one of them moves, in ns.
 _TSC_PERIOD_NS: Final = 1_000_000_000
 _TSC_SLACK_NS: Final = 2_000
+_TF: Final = 1 << 8
+_PUSHF: Final = 0x9C
+#: Those that PUSHF may have: operand size, REX.
+_PREFIXES: Final = frozenset({0x66, *range(0x40, 0x50)})
+_MOST_PREFIXES: Final = 3
 _LONG_MODE: Final = 1 << 10
 
 
@@ -82,6 +87,7 @@ class KvmVcpu:
             self._vm = VirtualMachine(self._system, msr_exits=True)
             speculation = tuple(m for m in _SPEC_CTRL if "spec_ctrl" in policy.features)
             allowed = sorted({*_KVM_MSRS, *_KVM_REGISTERS, *speculation})
+            self._vm.disable_quirks()
             self._vm.filter_msrs([(MSR_TSC, False), *((index, True) for index in allowed)])
             self._raw = self._vm.create_vcpu(0, companion.now_ns)
             self._show_cpu(policy)
@@ -91,6 +97,8 @@ class KvmVcpu:
         self._own_msrs = (*_KVM_MSRS, *speculation[:1])
         self._hypercalls = hypercalls.Patches(memory) if policy.hypervisor else None
         self._breakpoints = False
+        self._stepping = False
+        self._pushes_flags = False
         self._resume = False
         self._exits = 0
         self._counts: dict[type, int] = {}
@@ -103,8 +111,8 @@ class KvmVcpu:
         self.interrupt = companion.interrupt
         self.request_interrupt_window = companion.request_interrupt_window
         self.set_pic_vector = companion.set_pic_vector
-        state = VcpuState.from_raw(companion.state())
-        self._put(state)
+        self._map()
+        self._put(VcpuState.from_raw(companion.state()))
 
     def _show_cpu(self, policy: CpuPolicy) -> None:
         leaves = []
@@ -151,16 +159,22 @@ class KvmVcpu:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         return event
 
-    def _before(self) -> None:
-        """What may have changed since the last run."""
+    def _map(self) -> None:
+        """Follow the p2m. UnsupportedError if it is in too many pieces."""
         generation = self._memory.generation()
         if generation != self._generation and self._vm is not None:
             self._vm.map(self._memory.runs(), self._memory.addresses())
             self._generation = generation
+
+    def _before(self) -> None:
+        """What may have changed since the last run."""
+        self._map()
         if self.now_ns() - self._tsc_looked_at > _TSC_PERIOD_NS:
             self._follow_tsc()
         if self._hypercalls is not None:
             self._hypercalls.apply()
+        if self._stepping:
+            self._pushes_flags = self._next_is_pushf()
         if self._resume:
             # The breakpoint at this instruction has been seen.
             self._resume = False
@@ -234,6 +248,8 @@ class KvmVcpu:
         if isinstance(event, TripleFault):
             self._beside.shut_down()
         elif isinstance(event, Debug):
+            if self._pushes_flags:
+                self._hide_step()
             self._resume = self._breakpoints and event.dr6 & 15 != 0
         return event
 
@@ -400,8 +416,35 @@ class KvmVcpu:
         if breakpoints:
             control |= abi.GUESTDBG_USE_HW_BP
         self._raw.settle()
+        self._stepping, self._pushes_flags = single_step, False
         self._breakpoints = any(kind == 0 for _, _, kind in breakpoints)
         self._raw.set_guest_debug(control, registers)
+
+    def _next_is_pushf(self) -> bool:
+        """Whether the next instruction would push the trap flag by which it is stepped, which is not the guest's."""
+        registers, system = self._raw.registers(), self._raw.system_registers()
+        at = system.cs.base + registers.rip if not system.cs.l else registers.rip
+        for _ in range(_MOST_PREFIXES):
+            place = self._raw.translate(at & _U64)
+            try:
+                code = self._memory.read(place, 1)[0] if place is not None else 0
+            except ValueError:
+                return False
+            if code == _PUSHF:
+                return registers.rflags & _TF == 0
+            if code not in _PREFIXES:
+                return False
+            at += 1
+        return False
+
+    def _hide_step(self) -> None:
+        self._pushes_flags = False
+        registers, system = self._raw.registers(), self._raw.system_registers()
+        wide = system.ss.db or system.cs.l
+        at = system.ss.base + (registers.rsp & (0xFFFFFFFF if wide else 0xFFFF)) if not system.cs.l else registers.rsp
+        place = self._raw.translate((at + 1) & _U64)
+        if place is not None:
+            self._memory.write(place, bytes([self._memory.read(place, 1)[0] & ~(_TF >> 8)]))
 
     def retired(self) -> int:
         """How often KVM has been entered: guest instructions are not counted."""
@@ -427,6 +470,8 @@ class KvmVcpu:
         self._raw.set_registers_now(registers)
 
     def translate(self, linear: int) -> int | None:
+        self._raw.check_thread()
+        self._map()
         return self._raw.translate(linear)
 
     def flush(self) -> None:

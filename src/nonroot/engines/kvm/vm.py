@@ -16,6 +16,7 @@ from nonroot.engines.kvm.abi import (
     MSR_FILTER_DEFAULT_DENY,
     MSR_FILTER_READ,
     MSR_FILTER_WRITE,
+    QUIRKS,
     Capability,
     EnableCap,
     Ioctl,
@@ -92,6 +93,12 @@ class VirtualMachine:
             raise UnsupportedError(
                 f"this kernel's KVM has no {capability.name} ({os.strerror(error.errno or 0)}); use another engine"
             ) from None
+
+    def disable_quirks(self) -> None:
+        """Have KVM be like a CPU where it can."""
+        known = self._system.check(Capability.DISABLE_QUIRKS2) & QUIRKS
+        if known:
+            self._enable(Capability.DISABLE_QUIRKS2, known)
 
     def filter_msrs(self, allowed: Sequence[tuple[int, bool]]) -> None:
         """
