@@ -27,14 +27,34 @@ def test_reasons(tmp_path: Path, unavailable: str) -> None:
     assert "asked for" in select.choose("interpret").reason
 
 
+def test_auto_takes_guest_mode_where_it_works() -> None:
+    choice = select.choose(flags=frozenset({"svm"}), guest_mode=lambda device: "", unavailable="")
+    assert (choice.engine, "AMD-V" in choice.reason) == ("kvm", True)
+    choice = select.choose(flags=frozenset({"svm"}), guest_mode=lambda device: "it is held by another", unavailable="")
+    assert (choice.engine, "held by another" in choice.reason) == ("translate", True)
+    choice = select.choose(
+        flags=frozenset({"svm"}), guest_mode=lambda device: "", unavailable="", interpreted="virtual time"
+    )
+    assert (choice.engine, "cannot do virtual time" in choice.reason) == ("translate", True)
+    choice = select.choose(flags=frozenset(), guest_mode=lambda device: "", unavailable="")
+    assert choice.engine == "translate", "a KVM without hardware is not taken"
+
+
+def test_kvm_says_why_it_is_not_here(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="there is no .*use another engine"):
+        select.choose("kvm", kvm_device=tmp_path / "kvm")
+
+
 def test_the_translator_says_why_it_is_not_here() -> None:
     missing = select.translator_missing()
     assert select.choose(flags=frozenset()).engine == ("interpret" if missing else "translate")
 
 
 def test_names() -> None:
-    with pytest.raises(UnsupportedError, match="does not exist yet"):
-        select.choose("kvm")
+    with pytest.raises(UnsupportedError, match="no luck"):
+        select.choose("kvm", guest_mode=lambda device: "no luck")
+    assert select.choose("kvm", guest_mode=lambda device: "").engine == "kvm"
+    assert select.create("kvm").name == "kvm"
     with pytest.raises(BadOptionError, match="did you mean interpret"):
         select.choose("interpreter")
     with pytest.raises(BadOptionError, match="there are auto, translate, interpret"):

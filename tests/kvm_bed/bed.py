@@ -16,7 +16,9 @@ from typing import Final
 
 import nonroot
 from nonroot.boot.cpio import Cpio, append
-from nonroot.guests.linux import linux
+from nonroot.boot.bzimage import parse_bzimage
+from nonroot.boot.payload import decompress
+from nonroot.guests.linux import Guest, linux
 from nonroot.guests.packages import package
 
 __all__ = ["QEMU", "Report", "run"]
@@ -24,7 +26,7 @@ __all__ = ["QEMU", "Report", "run"]
 QEMU: Final = "qemu-system-x86_64"
 _PYTHON: Final = (
     *("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "libc6", "libgcc-s1", "libffi8"),
-    *("zlib1g", "libexpat1"),
+    *("zlib1g", "libexpat1", "libbz2-1.0", "liblzma5"),
 )
 _LIBRARIES: Final = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py", "iced_x86")
 _MODULES: Final = ("irqbypass", "kvm", "kvm-amd")
@@ -103,7 +105,13 @@ class _Tree:
                 self.archive.directory(folder.as_posix())
 
 
-def _initrd(busybox: bytes, modules: Path, tests: list[Path]) -> bytes:
+def _vmlinux(kernel: bytes) -> bytes:
+    """The ELF image in a bzImage: the bed has nothing to decompress it with."""
+    image = parse_bzimage(kernel)
+    return decompress(image.payload)
+
+
+def _initrd(guest: Guest, busybox: bytes, modules: Path, tests: list[Path]) -> bytes:
     tree = _Tree()
     for name in _PYTHON:
         tree.add_folder(package(name))
@@ -122,6 +130,8 @@ def _initrd(busybox: bytes, modules: Path, tests: list[Path]) -> bytes:
         tree.add(f"bed/{module}.ko", next(modules.rglob(f"{module}.ko")).read_bytes())
     for test in tests:
         tree.add(f"bed/tests/{test.name}", test.read_bytes())
+    tree.add("bed/guest/vmlinux", _vmlinux(guest.kernel.read_bytes()))
+    tree.add("bed/guest/initrd", busybox)
     tree.add("bed/init", _INIT.encode(), 0o755)
     return append(busybox, tree.archive.finish())
 
@@ -138,7 +148,7 @@ def run(tests: list[Path], folder: Path, limit_s: float = 280.0) -> Report:
     assert guest.initrd is not None
     assert guest.modules is not None
     initrd, console, report = folder / "initrd", folder / "console", folder / "report"
-    initrd.write_bytes(_initrd(guest.initrd.read_bytes(), guest.modules, tests))
+    initrd.write_bytes(_initrd(guest, guest.initrd.read_bytes(), guest.modules, tests))
     qemu = shutil.which(QEMU)
     assert qemu is not None
     command: list[str | Path] = [qemu, "-accel", "tcg", "-M", "q35", "-cpu", "EPYC-v1,+svm", "-smp", "1", "-m", "2048"]

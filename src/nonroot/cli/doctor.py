@@ -110,6 +110,8 @@ def _kvm_modules() -> list[str]:
 def _engine() -> dict[str, Any]:
     choice = select.choose()
     facts: dict[str, Any] = {"auto": choice.engine, "reason": choice.reason, "available": list(select.ENGINES)}
+    if not select.kvm_problem():
+        facts["available"].append(select.KVM)
     try:
         from nonroot import _engine
     except ImportError as error:

@@ -120,6 +120,15 @@ class DomainOptions:
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
 
+    @property
+    def interpreted(self) -> str:
+        """What is asked for that guest mode cannot do; empty if nothing is."""
+        if self.virtual_time:
+            return "virtual time"
+        if self.off:
+            return "without optimisations, having none"
+        return "a display" if self.display or self.firmware is not None else ""
+
     def check(self) -> None:
         """BadOptionError or BadFileError, one sentence, for what could not work."""
         if self.memory < MIN_MEMORY:
@@ -137,7 +146,9 @@ class DomainOptions:
             )
         if self.memory % 4096:
             raise BadOptionError(f"{self.memory} bytes of memory are no whole number of 4 KiB pages")
-        select.choose(self.engine)
+        select.choose(self.engine, interpreted=self.interpreted)
+        if self.engine == select.KVM and self.interpreted:
+            raise BadOptionError(f"the {self.engine} engine cannot do {self.interpreted}; use another engine")
         if self.protocol not in PROTOCOLS:
             raise BadOptionError(f"there is no boot protocol {self.protocol!r}; there are: {', '.join(PROTOCOLS)}")
         if self.firmware is not None:

@@ -17,7 +17,7 @@ from typing import Final
 from nonroot.engines.protocol import Engine
 from nonroot.errors import BadOptionError, UnsupportedError
 
-__all__ = ["AUTO", "ENGINES", "Choice", "choose", "create", "host_flags"]
+__all__ = ["AUTO", "ENGINES", "KVM", "Choice", "choose", "create", "host_flags", "kvm_problem"]
 
 AUTO: Final = "auto"
 _CPUINFO: Final = Path("/proc/cpuinfo")
@@ -51,9 +51,11 @@ ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {
     "translate": _translate,
     "interpret": _interpret,
     "lockstep": _lockstep,
-    "kvm": _kvm,
 }
-"""The engines that exist, by name."""
+"""The engines that every machine of their architecture has, by name."""
+
+KVM: Final = "kvm"
+"""The engine that a machine has whose kernel runs guests."""
 
 
 @dataclass(frozen=True)
@@ -83,29 +85,41 @@ def choose(
     flags: frozenset[str] | None = None,
     kvm_device: Path = Path("/dev/kvm"),
     unavailable: str | None = None,
+    guest_mode: Callable[[Path], str] | None = None,
+    interpreted: str = "",
 ) -> Choice:
     """
     Resolve an engine name.
 
     :param name: ``auto`` or a name in :data:`ENGINES`.
     :param flags: the host's CPU flags; those of this machine by default.
+    :param guest_mode: why KVM cannot run guests, empty if it can; found out by default, if the CPU has hardware for it.
+    :param interpreted: what is asked for that no guest mode can do; empty if nothing is.
     :param unavailable: why translated code cannot run here, empty if it can; found out by default.
     :raises BadOptionError: for a name that is no engine's.
-    :raises UnsupportedError: for a planned engine that does not exist yet.
+    :raises UnsupportedError: for ``kvm`` where KVM cannot run guests.
     """
     if name in ENGINES:
         return Choice(name, f"the {name} engine was asked for")
-    if name == "kvm":
-        raise UnsupportedError(f"the {name} engine does not exist yet; use {' or '.join(ENGINES)}, or auto")
+    guest_mode = kvm_problem if guest_mode is None else guest_mode
+    if name == KVM:
+        if problem := guest_mode(kvm_device):
+            raise UnsupportedError(problem)
+        return Choice(name, f"the {name} engine was asked for")
     if name != AUTO:
-        near = difflib.get_close_matches(name, [*ENGINES, AUTO], 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([AUTO, *ENGINES])}"
+        near = difflib.get_close_matches(name, [*ENGINES, KVM, AUTO], 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([AUTO, *ENGINES, KVM])}"
         raise BadOptionError(f"there is no engine named {name}{hint}")
     flags = host_flags() if flags is None else flags
     hardware = {"vmx": "VT-x", "svm": "AMD-V"}
     has = next((text for flag, text in hardware.items() if flag in flags), None)
-    if has is not None:
-        why = f"this CPU has {has}, but nonroot has no kvm engine yet"
+    if has is not None and interpreted:
+        why = f"this CPU has {has}, but guest mode cannot do {interpreted}"
+    elif has is not None:
+        problem = guest_mode(kvm_device)
+        if not problem:
+            return Choice(KVM, f"this CPU has {has} and KVM runs guests")
+        why = f"this CPU has {has}, but {problem}"
     elif kvm_device.exists():
         why = "/dev/kvm is here, but this CPU shows neither vmx nor svm, so that KVM is not hardware virtualization"
     else:
@@ -120,6 +134,15 @@ def choose(
     return Choice("translate", f"{why}, so translated code runs the guest")
 
 
+def kvm_problem(device: Path = Path("/dev/kvm")) -> str:
+    """Why this machine's KVM cannot run guests, one sentence; empty if it can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"this is a {platform.machine()} machine, whose KVM runs no x86 guests; use another engine"
+    from nonroot.engines.kvm import probe
+
+    return probe.problem(device)
+
+
 def translator_missing() -> str:
     """Why this machine cannot run translated code; empty if it can."""
     try:
@@ -132,7 +155,7 @@ def translator_missing() -> str:
 def create(name: str) -> Engine:
     """The engine of a :class:`Choice`. UnsupportedError if the extension module is missing or unusable."""
     try:
-        return ENGINES[name]()
+        return {**ENGINES, KVM: _kvm}[name]()
     except KeyError:
         raise BadOptionError(f"there is no engine named {name}") from None
     except ImportError as error:

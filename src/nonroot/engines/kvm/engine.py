@@ -8,9 +8,7 @@ other engines.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from nonroot import _engine

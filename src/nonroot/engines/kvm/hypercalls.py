@@ -27,7 +27,7 @@ _MSR_PAGE: Final = 0x40000000
 _PAGE: Final = 4096
 _SLOT: Final = 32
 _IN_SLOT: Final = 5
-#: Linux: __xen_hypercall_intel follows __xen_hypercall_amd by 16 bytes; each is the instruction and a jump to the return.
+#: Linux: __xen_hypercall_intel follows __xen_hypercall_amd by 16 bytes; each is the instruction and a jump.
 _PAIR_BYTES: Final = 19
 _PAIR_AT: Final = 16
 _PIECE: Final = 4 << 20

@@ -101,7 +101,7 @@ class RawVcpu:
         return self._clock()
 
     def claim(self) -> None:
-        """This thread runs the vCPU until :meth:`release`. RuntimeError if another one does."""
+        """Have the calling thread run the vCPU until :meth:`release`. RuntimeError if another one does."""
         with self._lock:
             if self._runner is not None:
                 raise RuntimeError("another thread is running this vCPU")
