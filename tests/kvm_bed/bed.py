@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 import nonroot
-from nonroot.boot.cpio import Cpio, append
 from nonroot.boot.bzimage import parse_bzimage
+from nonroot.boot.cpio import Cpio, append
 from nonroot.boot.payload import decompress
 from nonroot.guests.linux import Guest, linux
 from nonroot.guests.packages import package
@@ -28,7 +28,18 @@ _PYTHON: Final = (
     *("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "libc6", "libgcc-s1", "libffi8"),
     *("zlib1g", "libexpat1", "libbz2-1.0", "liblzma5"),
 )
-_LIBRARIES: Final = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py", "iced_x86")
+_LIBRARIES: Final = (
+    "pytest",
+    "_pytest",
+    "pluggy",
+    "iniconfig",
+    "packaging",
+    "pygments",
+    "py",
+    "iced_x86",
+    "lz4",
+    "zstandard",
+)
 _MODULES: Final = ("irqbypass", "kvm", "kvm-amd")
 _END: Final = "the tests ended with "
 
@@ -108,6 +119,7 @@ class _Tree:
 def _vmlinux(kernel: bytes) -> bytes:
     """The ELF image in a bzImage: the bed has nothing to decompress it with."""
     image = parse_bzimage(kernel)
+    assert image.payload is not None
     return decompress(image.payload)
 
 

@@ -129,6 +129,11 @@ class DomainOptions:
             return "without optimisations, having none"
         return "a display" if self.display or self.firmware is not None else ""
 
+    @property
+    def left_to_others(self) -> str:
+        """For what ``auto`` does not take guest mode, though it may be asked for; empty for nothing."""
+        return "Xen's hypercalls without changing the guest's code" if self.xen is not False else ""
+
     def check(self) -> None:
         """BadOptionError or BadFileError, one sentence, for what could not work."""
         if self.memory < MIN_MEMORY:
@@ -146,7 +151,7 @@ class DomainOptions:
             )
         if self.memory % 4096:
             raise BadOptionError(f"{self.memory} bytes of memory are no whole number of 4 KiB pages")
-        select.choose(self.engine, interpreted=self.interpreted)
+        select.choose(self.engine, interpreted=self.interpreted or self.left_to_others)
         if self.engine == select.KVM and self.interpreted:
             raise BadOptionError(f"the {self.engine} engine cannot do {self.interpreted}; use another engine")
         if self.protocol not in PROTOCOLS:

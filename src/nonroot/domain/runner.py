@@ -89,7 +89,7 @@ class Runner:
         self.mailbox = Mailbox()
         self._thread: threading.Thread | None = None
         self._options = options
-        self._choice = select.choose(options.engine, interpreted=options.interpreted)
+        self._choice = select.choose(options.engine, interpreted=options.interpreted or options.left_to_others)
         self.guest_devices: GuestDevices | None = None
         """Its paravirtual devices, if it is Xen's."""
         self.shares: Shares | None = None

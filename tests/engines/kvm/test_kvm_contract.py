@@ -37,6 +37,7 @@ ON_QEMU = {
 
 
 @pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
+@pytest.mark.slow
 class TestKvm(EngineContract):
     @pytest.fixture(autouse=True)
     def _skip_what_this_kvm_cannot(self, request: pytest.FixtureRequest) -> None:

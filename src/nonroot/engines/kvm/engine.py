@@ -47,6 +47,7 @@ _U64: Final = (1 << 64) - 1
 _MSR_TSC_ADJUST: Final = 0x3B
 _MSR_ARCH_CAPABILITIES: Final = 0x10A
 _MSR_APIC_BASE: Final = 0x1B
+_APIC_ENABLED: Final = 1 << 11
 _X2APIC: Final = range(0x800, 0x900)
 _SPEC_CTRL: Final = (0x48, 0x49)
 #: MSRs that are the guest's own in guest mode, and in records.
@@ -282,9 +283,7 @@ class KvmVcpu:
                 self._tsc_offset = self._companion.state()["tsc_offset"]
                 self._set_tsc()
             elif index == _MSR_APIC_BASE:
-                system = raw.system_registers()
-                system.apic_base = event.value & ~0x7FF | event.value & 1 << 8 if event.value & 1 << 11 else 0
-                raw.set_system_registers(system)
+                self._show_apic(event.value)
         elif status == _UNKNOWN and self._msr_exits:
             if self._hypercalls is not None:
                 self._hypercalls.page_wanted(index, event.value)
@@ -292,6 +291,13 @@ class KvmVcpu:
         else:
             raw.fail()
         return None
+
+    def _show_apic(self, base: int) -> None:
+        """Tell KVM, for CPUID's sake, whether there is a local APIC."""
+        system = self._raw.system_registers_now()
+        if (system.apic_base ^ base) & _APIC_ENABLED:
+            system.apic_base = record.apic_base(base)
+            self._raw.set_system_registers(system)
 
     def _replace(self) -> None:
         """An INIT or start-up IPI: the companion does to a copy of the registers what is to be done."""
@@ -429,7 +435,7 @@ class KvmVcpu:
             except ValueError:
                 return False
             if code == _PUSHF:
-                return registers.rflags & _TF == 0
+                return bool(registers.rflags & _TF == 0)
             if code not in _PREFIXES:
                 return False
             at += 1

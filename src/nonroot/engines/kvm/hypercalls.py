@@ -69,10 +69,6 @@ class Patches:
                 if self._read(place) == _OUT:
                     self._memory.write(place, original)
 
-    def look_again(self) -> None:
-        """The guest has more code now."""
-        self.undo()
-
     def _read(self, place: int) -> bytes:
         try:
             return self._memory.read(place, len(_OUT))

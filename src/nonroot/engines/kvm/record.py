@@ -13,7 +13,7 @@ from nonroot.engines.kvm.state import GPR, apply, registers_of, values_of
 from nonroot.engines.kvm.vcpu import RawVcpu
 from nonroot.engines.state import Event, StateError, VcpuState
 
-__all__ = ["GPR", "load", "take"]
+__all__ = ["GPR", "apic_base", "load", "take"]
 
 _FX: Final = 512
 _XSTATE_BV: Final = 512
@@ -57,6 +57,11 @@ def _event(events: Events) -> Event | None:
     if events.interrupt.injected:
         return Event(_SOFTWARE if events.interrupt.soft else _EXTERNAL, events.interrupt.vector, None)
     return None
+
+
+def apic_base(base: int) -> int:
+    """What KVM needs of IA32_APIC_BASE: whether there is a local APIC, for CPUID."""
+    return base & ~0x7FF | base & 1 << 8 if base & _APIC_ENABLED else 0
 
 
 def take(vcpu: RawVcpu, rest: VcpuState, msrs: Iterable[int]) -> VcpuState:
@@ -113,13 +118,13 @@ def _events_of(state: VcpuState) -> Events:
     return events
 
 
-def load(vcpu: RawVcpu, state: VcpuState, apic_base: int, msrs: Iterable[int]) -> None:
+def load(vcpu: RawVcpu, state: VcpuState, base: int, msrs: Iterable[int]) -> None:
     """
     Load a checked record.
 
     StateError if KVM cannot have it; some of it has been loaded then.
 
-    :param apic_base: IA32_APIC_BASE, as the companion has it.
+    :param base: IA32_APIC_BASE, as the companion has it.
     :param msrs: those that are KVM's.
     """
     area = bytearray(vcpu.xsave())
@@ -129,7 +134,7 @@ def load(vcpu: RawVcpu, state: VcpuState, apic_base: int, msrs: Iterable[int]) -
     area[_XSTATE_BV : _XSTATE_BV + 8] = present.to_bytes(8, "little")
     system = vcpu.system_registers()
     apply(state, system)
-    system.apic_base = apic_base & ~0x7FF | apic_base & 1 << 8 if apic_base & _APIC_ENABLED else 0
+    system.apic_base = apic_base(base)
     system.cr8 = vcpu.page.cr8
     system.interrupt_bitmap[:] = [0] * 4
     controls = ExtendedControl(1)

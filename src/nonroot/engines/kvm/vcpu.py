@@ -145,7 +145,7 @@ class RawVcpu:
                 left = None if deadline_ns is None else deadline_ns - self._clock()
                 if left is not None and left <= 0:
                     return Interrupted()
-                event = self.enter(left)
+                event: Exit | None = self.enter(left)
                 if isinstance(event, InterruptWindow):
                     self.page.request_interrupt_window = 0
                 if event is not None:
@@ -160,8 +160,8 @@ class RawVcpu:
         :param left_ns: after how many ns at most a signal is to end it.
         """
         if self._stashed is not None:
-            event, self._stashed = self._stashed, None
-            return event
+            stashed, self._stashed = self._stashed, None
+            return stashed
         if left_ns is not None and self._alarm is not None:
             self._alarm.within(left_ns)
         event = self._enter()
