@@ -211,7 +211,7 @@ class RawVcpu:
             return None
         return self._rare_exit(reason)
 
-    def _rare_exit(self, reason: int) -> Exit:
+    def _rare_exit(self, reason: int) -> Exit | None:
         page = self.page
         if reason == ExitReason.SHUTDOWN:
             return TripleFault()
