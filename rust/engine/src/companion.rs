@@ -71,7 +71,8 @@ fn next(vcpu: &mut nonroot_interpret::Vcpu, interruptible: bool) -> Next {
         return Next::Nmi;
     }
     if interruptible {
-        let vector = cpu.injected.take().or_else(|| cpu.pic_vector.take()).or_else(|| cpu.lapic.acknowledge());
+        let vector =
+            cpu.injected.take().or_else(|| cpu.pic_vector.take()).or_else(|| cpu.lapic.acknowledge());
         if let Some(vector) = vector {
             cpu.activity = Activity::Running;
             cpu.stats.interrupts += 1;
