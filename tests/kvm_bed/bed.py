@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Final
 
 import nonroot
-from nonroot.boot.bzimage import parse_bzimage
 from nonroot.boot.cpio import Cpio, append
-from nonroot.boot.payload import decompress
-from nonroot.guests.linux import Guest, linux
+from nonroot.guests.linux import linux
 from nonroot.guests.packages import package
 
 __all__ = ["QEMU", "Report", "run"]
@@ -116,14 +114,7 @@ class _Tree:
                 self.archive.directory(folder.as_posix())
 
 
-def _vmlinux(kernel: bytes) -> bytes:
-    """The ELF image in a bzImage: the bed has nothing to decompress it with."""
-    image = parse_bzimage(kernel)
-    assert image.payload is not None
-    return decompress(image.payload)
-
-
-def _initrd(guest: Guest, busybox: bytes, modules: Path, tests: list[Path]) -> bytes:
+def _initrd(busybox: bytes, modules: Path, tests: list[Path]) -> bytes:
     tree = _Tree()
     for name in _PYTHON:
         tree.add_folder(package(name))
@@ -142,8 +133,6 @@ def _initrd(guest: Guest, busybox: bytes, modules: Path, tests: list[Path]) -> b
         tree.add(f"bed/{module}.ko", next(modules.rglob(f"{module}.ko")).read_bytes())
     for test in tests:
         tree.add(f"bed/tests/{test.name}", test.read_bytes())
-    tree.add("bed/guest/vmlinux", _vmlinux(guest.kernel.read_bytes()))
-    tree.add("bed/guest/initrd", busybox)
     tree.add("bed/init", _INIT.encode(), 0o755)
     return append(busybox, tree.archive.finish())
 
@@ -160,7 +149,7 @@ def run(tests: list[Path], folder: Path, limit_s: float = 280.0) -> Report:
     assert guest.initrd is not None
     assert guest.modules is not None
     initrd, console, report = folder / "initrd", folder / "console", folder / "report"
-    initrd.write_bytes(_initrd(guest, guest.initrd.read_bytes(), guest.modules, tests))
+    initrd.write_bytes(_initrd(guest.initrd.read_bytes(), guest.modules, tests))
     qemu = shutil.which(QEMU)
     assert qemu is not None
     command: list[str | Path] = [qemu, "-accel", "tcg", "-M", "q35", "-cpu", "EPYC-v1,+svm", "-smp", "1", "-m", "2048"]

@@ -1,4 +1,4 @@
-"""The kvm engine on AMD's guest mode, as QEMU's software CPU has it: its layer, the contract of engines, Linux."""
+"""The kvm engine on AMD's guest mode, as QEMU's software CPU has it: its layer and the contract of engines."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ from nonroot.errors import SoftwareMissingError
 from tests.kvm_bed import bed
 
 LAYER = Path(__file__).parents[1] / "engines"
-TESTS = [*sorted((LAYER / "kvm").glob("test_*.py")), LAYER / "conftest.py", Path(__file__).with_name("test_inside.py")]
+TESTS = [*sorted((LAYER / "kvm").glob("test_*.py")), LAYER / "conftest.py"]
 
 
 @pytest.mark.slow
