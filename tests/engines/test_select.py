@@ -28,9 +28,11 @@ def test_reasons(tmp_path: Path, unavailable: str) -> None:
 
 
 def test_auto_takes_guest_mode_where_it_works() -> None:
-    choice = select.choose(flags=frozenset({"svm"}), guest_mode=lambda device: "", unavailable="")
+    choice = select.choose(flags=frozenset({"svm"}), guest_mode=lambda device: "", unavailable="", interpreted="")
     assert (choice.engine, "AMD-V" in choice.reason) == ("kvm", True)
-    choice = select.choose(flags=frozenset({"svm"}), guest_mode=lambda device: "it is held by another", unavailable="")
+    choice = select.choose(
+        flags=frozenset({"svm"}), guest_mode=lambda device: "it is held by another", unavailable="", interpreted=""
+    )
     assert (choice.engine, "held by another" in choice.reason) == ("translate", True)
     choice = select.choose(
         flags=frozenset({"svm"}), guest_mode=lambda device: "", unavailable="", interpreted="virtual time"

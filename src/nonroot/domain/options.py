@@ -132,7 +132,7 @@ class DomainOptions:
     @property
     def left_to_others(self) -> str:
         """For what ``auto`` does not take guest mode, though it may be asked for; empty for nothing."""
-        return "Xen's hypercalls without changing the guest's code" if self.xen is not False else ""
+        return "Xen's hypercalls without changing the guest's code" if self.xen is not False else select.UNPROVEN
 
     def check(self) -> None:
         """BadOptionError or BadFileError, one sentence, for what could not work."""

@@ -54,6 +54,9 @@ ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {
 }
 """The engines that every machine of their architecture has, by name."""
 
+UNPROVEN: Final = "operating systems for sure: none has been booted under it yet"
+"""Why ``auto`` leaves guest mode alone for now."""
+
 KVM: Final = "kvm"
 """The engine that a machine has whose kernel runs guests."""
 
@@ -86,7 +89,7 @@ def choose(
     kvm_device: Path = Path("/dev/kvm"),
     unavailable: str | None = None,
     guest_mode: Callable[[Path], str] | None = None,
-    interpreted: str = "",
+    interpreted: str = UNPROVEN,
 ) -> Choice:
     """
     Resolve an engine name.
