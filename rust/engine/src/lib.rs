@@ -1,8 +1,8 @@
 //! The Python extension module `nonroot._engine`. Its interface, with its
 //! documentation, is `src/nonroot/_engine.pyi`; this crate only translates.
 
-mod confine;
 mod companion;
+mod confine;
 mod coverage;
 mod cpu_state;
 mod exits;
