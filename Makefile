@@ -92,6 +92,7 @@ bench: $(STAMPS)/dev guests
 	$(PY) -m bench.work $(BENCH)
 	$(PY) -m bench.disk $(BENCH)
 	$(PY) -m bench.pv $(BENCH)
+	$(PY) -m bench.saved $(BENCH)
 
 check: $(STAMPS)/dev
 	$(VENV)/bin/ruff format --check

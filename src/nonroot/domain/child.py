@@ -112,6 +112,7 @@ class Template:
         if len(packet) > MAX_REQUEST or self._gone:
             return None
         try:
+            # Once it has been closed, its number is nobody's: sending fails.
             socket.send_fds(self._ours, [packet], [control.fileno(), output])
         except OSError:
             return None
@@ -168,6 +169,8 @@ class Template:
                 else:
                     self._gone = True
                 self._changed.notify_all()
+        with self._lock:
+            self._ours.close()
         if self._process is not None:
             self._process.wait()
 
