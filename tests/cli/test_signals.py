@@ -53,6 +53,14 @@ def test_a_signal_that_did_not_wake_the_main_thread_interrupts_it() -> None:
     assert caught.value.number == relay.killed_by == signal.SIGTERM
 
 
+def test_a_terminal_that_changed_before_anybody_heard_of_it_is_looked_at() -> None:
+    looked = threading.Event()
+    with SignalRelay(lambda: None) as relay:
+        signal.raise_signal(signal.SIGWINCH)
+        relay.forward_to(None, looked.set)
+        assert looked.wait(PATIENCE)
+
+
 def test_what_was_set_before_is_set_again() -> None:
     host_handlers = [signal.getsignal(number) for number in (*FATAL, signal.SIGWINCH, signal.SIGURG)]
     before = signal.set_wakeup_fd(-1)

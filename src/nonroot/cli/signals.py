@@ -82,8 +82,13 @@ class SignalRelay:
             self._thread.join(2)
 
     def forward_to(self, forward: Callable[[int], None] | None, resize: Callable[[], None] | None = None) -> None:
-        """From now on (or no longer, if None) the first fatal signal goes to ``forward``."""
+        """From now on (or no longer, if None) the first fatal signal goes to ``forward``.
+
+        ``resize`` is called now and then: the terminal may have changed between somebody's look at it and this.
+        """
         self._forward, self._resize = forward, resize
+        if resize is not None:
+            self._queue.put(signal.SIGWINCH)
         if self._thread is None and (forward or resize):
             self._thread = threading.Thread(target=self._relay, name="nonroot-signals", daemon=True)
             self._thread.start()
