@@ -405,6 +405,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
 
     def _start_as_fork(self, files: Sequence[int]) -> Self:
         self._options.saved, self._options.layers = f"/proc/self/fd/{files[0]}", list(files[1:])
+        self._options.kept = not self._options.layers  # then its memory lies in the same file
         self._fork_of = files
         self.start()
         self.boot = "fork"

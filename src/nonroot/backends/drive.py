@@ -68,6 +68,12 @@ class Drive:
             raise BadOptionError(f"ro and overlay exclude each other for the {what} {path}")
         return cls(os.path.abspath(path), known["ro"], known["overlay"], known["backing"], chosen, what)  # noqa: PTH100
 
+    def __str__(self) -> str:
+        """What :meth:`parse` makes the same of."""
+        words = {"ro": self.read_only, "overlay": self.overlay, "backing": self.backing}
+        chosen = [] if self.format is None else [f"format={self.format}"]
+        return ",".join([self.path.replace(",", ",,"), *(word for word, said in words.items() if said), *chosen])
+
     @property
     def effective_format(self) -> str:
         """The format that the user or the file's name says."""
@@ -94,8 +100,12 @@ class Drive:
             os.close(fd)
 
 
-def open_image(drive: Drive) -> Image:
-    """Open and lock what ``drive`` names. BadFileError, UnsupportedError (a missing program) in one sentence."""
+def open_image(drive: Drive, layer: tuple[int, int] | None = None) -> Image:
+    """
+    Open and lock what ``drive`` names. BadFileError, UnsupportedError (a missing program) in one sentence.
+
+    ``layer``: what is in its overlay already, as descriptors that are the image's from now on.
+    """
     drive.check()
     below_read_only = drive.read_only or drive.overlay
     image: Image
@@ -108,7 +118,7 @@ def open_image(drive: Drive) -> Image:
     if not drive.overlay:
         return image
     try:
-        return OverlayImage(image)
+        return OverlayImage(image) if layer is None else OverlayImage.adopt(image, *layer)
     except BaseException:
         image.close()
         raise

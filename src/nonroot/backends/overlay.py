@@ -2,16 +2,19 @@
 without a name, which is gone with its last user.
 """
 
+import contextlib
+import errno
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from nonroot.backends.image import Image
 from nonroot.errors import BadFileError
 
-__all__ = ["OverlayImage", "scratch_folder"]
+__all__ = ["CLUSTER", "OverlayImage", "new_layer", "scratch_folder"]
 
 CLUSTER: Final = 4096
 """Bytes that are copied up together."""
@@ -24,6 +27,24 @@ def _bitmap_bytes(size: int) -> int:
     return -(-size // (CLUSTER * 8 * mmap.PAGESIZE)) * mmap.PAGESIZE
 
 
+def copy_data(source: int, target: int) -> None:
+    """Copy a file into an empty one; holes stay holes. OSError."""
+    place = 0
+    while True:
+        try:
+            place = os.lseek(source, place, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        end = os.lseek(source, place, os.SEEK_HOLE)
+        while place < end:
+            done = os.copy_file_range(source, target, end - place, place, place)
+            if done == 0:
+                break  # it has become shorter
+            place += done
+
+
 def scratch_folder() -> str:
     """Where throw-away layers lie: ``$TMPDIR``, else /var/tmp (on a disk, as a rule), else the temporary folder."""
     if wanted := os.environ.get("TMPDIR"):
@@ -31,36 +52,73 @@ def scratch_folder() -> str:
     return "/var/tmp" if os.access("/var/tmp", os.W_OK | os.X_OK) else tempfile.gettempdir()
 
 
+def new_layer(size: int, folder: str | None = None) -> tuple[int, int]:
+    """Descriptors of an empty layer over an image of ``size`` bytes, and of the map of its clusters. BadFileError.
+
+    ``folder``: where the layer's file lies, which has no name.
+    """
+    place = folder or scratch_folder()
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix="nonroot-overlay-") as file:
+            layer = os.dup(file.fileno())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise BadFileError(f"an overlay cannot be made in {Path(place)}: {reason}; set TMPDIR") from None
+    bitmap = os.memfd_create("nonroot-overlay", os.MFD_CLOEXEC)
+    os.ftruncate(bitmap, _bitmap_bytes(size))
+    return layer, bitmap
+
+
 class OverlayImage:
     """``base`` with changes that nobody will see again."""
 
     def __init__(self, base: Image, folder: str | None = None) -> None:
         """``folder``: where the layer's file lies. BadFileError if none can be made there."""
-        self.base = base
-        self.size = base.size
-        place = folder or scratch_folder()
-        try:
-            self._file = tempfile.TemporaryFile(dir=place, prefix="nonroot-overlay-")  # noqa: SIM115
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise BadFileError(f"an overlay cannot be made in {Path(place)}: {reason}; set TMPDIR") from None
-        self._fd = self._file.fileno()
-        self._bitmap_fd = os.memfd_create("nonroot-overlay", os.MFD_CLOEXEC)
-        os.ftruncate(self._bitmap_fd, _bitmap_bytes(self.size))
-        self._bitmap = mmap.mmap(self._bitmap_fd, 0)
+        self._attach(base, *new_layer(base.size, folder))
         self._changed = False
         """Whether a bit of the map may be set."""
+
+    def _attach(self, base: Image, layer: int, bitmap: int) -> None:
+        self.base, self.size = base, base.size
+        self._file = os.fdopen(layer, "r+b")
+        self._fd, self._bitmap_fd = layer, bitmap
+        self._bitmap = mmap.mmap(bitmap, 0)
 
     @classmethod
     def adopt(cls, base: Image, layer: int, bitmap: int) -> "OverlayImage":
         """A layer that another process has made, by its descriptors, which are the image's from now on."""
         image = cls.__new__(cls)
-        image.base, image.size = base, base.size
-        image._file = os.fdopen(layer, "r+b")
-        image._fd, image._bitmap_fd = layer, bitmap
-        image._bitmap = mmap.mmap(bitmap, 0)
+        image._attach(base, layer, bitmap)
         image._changed = True
         return image
+
+    @contextlib.contextmanager
+    def contents(self) -> Iterator[tuple[memoryview, memoryview]]:
+        """The layer, in whole clusters, and the map of its clusters, while nobody writes to either."""
+        size = os.fstat(self._fd).st_size
+        if size % CLUSTER:  # it ends with the image, in the middle of one
+            size += -size % CLUSTER
+            os.ftruncate(self._fd, size)
+        if not size:
+            yield memoryview(b""), memoryview(self._bitmap)
+            return
+        with mmap.mmap(self._fd, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as view:
+            yield view, memoryview(self._bitmap)
+
+    def copy_layer(self, folder: str | None = None) -> tuple[int, int]:
+        """Descriptors of a copy of the layer, and of the map of its clusters, while nobody writes. BadFileError.
+
+        The host's file system may share what is the same.
+        """
+        layer, bitmap = new_layer(self.size, folder)
+        try:
+            os.pwrite(bitmap, self._bitmap, 0)
+            copy_data(self._fd, layer)
+        except OSError as error:
+            os.close(layer)
+            os.close(bitmap)
+            raise BadFileError(f"an overlay cannot be copied: {(error.strerror or str(error)).lower()}") from None
+        return layer, bitmap
 
     def layer(self) -> tuple[int, int] | None:
         """The layer's descriptors, for :meth:`adopt` in another process. None: the image is too large for that."""

@@ -96,7 +96,8 @@ class BlockDevice(BackendDevice):
             order = number(order_text, "ring-page-order", 0, RING_PAGE_ORDER)
             references = [number(self.front(f"ring-ref{index}"), f"ring-ref{index}") for index in range(1 << order)]
         port_number = number(self.front("event-channel"), "event-channel")
-        persistent = self._persistent and self.front_flag("feature-persistent")
+        # A frontend that was told elsewhere that grants do not stay takes them back after each request.
+        persistent = self._persistent and not self.adopted and self.front_flag("feature-persistent")
         name = f"vbd{self.path.rsplit('/', 1)[1]}"
         described = None if self._process is None else describe_image(self.image)
         if self._process is not None and described is not None:

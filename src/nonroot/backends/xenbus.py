@@ -133,6 +133,8 @@ class BackendDevice:
         """Why the device was closed, if the frontend made an error."""
         self.ports: list[EventChannelPort] = []
         """Bound event channels of the frontend's."""
+        self.adopted = False
+        """Whether the frontend is one that was connected elsewhere: what it was offered there is not known."""
         self._mapped: list[int] = []
         self._watch: Any = None
 
@@ -198,11 +200,15 @@ class BackendDevice:
         self._watch = self.store.watch(f"{self.frontend}/state", lambda _: self.frontend_changed())
 
     def _publish(self) -> None:
+        self.adopted = False
+        self._write(self.features())
+        self._switch(XenbusState.INIT_WAIT)
+
+    def _write(self, keys: Mapping[str, str]) -> None:
         for attempt in self.store.transaction():
             with attempt as t:
-                for key, value in self.features().items():
+                for key, value in keys.items():
                     t.write(f"{self.path}/{key}", value)
-        self._switch(XenbusState.INIT_WAIT)
 
     def _switch(self, state: XenbusState) -> None:
         self.state = state
@@ -242,10 +248,7 @@ class BackendDevice:
         except (BadFrontendError, RingError, GrantError) as error:
             self.fail(str(error))
             return
-        for attempt in self.store.transaction():
-            with attempt as t:
-                for key, value in keys.items():
-                    t.write(f"{self.path}/{key}", value)
+        self._write(keys)
         self._switch(XenbusState.CONNECTED)
 
     def _disconnect(self) -> None:
@@ -271,12 +274,41 @@ class BackendDevice:
 
     def republish(self, keys: Mapping[str, str]) -> None:
         """Tell a connected frontend that something is new: keys, then state 4 again."""
-        for attempt in self.store.transaction():
-            with attempt as t:
-                for key, value in keys.items():
-                    t.write(f"{self.path}/{key}", value)
+        self._write(keys)
         if self.state is XenbusState.CONNECTED:
             self._switch(XenbusState.CONNECTED)
+
+    def suspend(self) -> XenbusState:
+        """
+        Serve no more and listen no more, and leave everything as it is: rings, nodes, and the state, which is returned.
+
+        :meth:`adopt` goes on, of this device or of one that was made for the same guest elsewhere.
+        """
+        state = self.state
+        self.stop()
+        self.state = state
+        return state
+
+    def adopt(self, state: XenbusState) -> None:
+        """
+        Go on in ``state`` with a frontend that knows nothing of what was between. Its nodes are there.
+
+        Requests in its rings without a response are done, and it is notified: what it was told may have been lost.
+        """
+        self.adopted = True
+        keys = self.features()
+        if state is XenbusState.CONNECTED:
+            try:
+                keys |= self.connect()
+            except (BadFrontendError, RingError, GrantError) as error:
+                self._write(keys)
+                self.fail(str(error))
+                state = self.state
+        self._write(keys)
+        self._switch(state)
+        for port in self.ports:
+            port.notify()
+        self._watch = self.store.watch(f"{self.frontend}/state", lambda _: self.frontend_changed())
 
     def close(self) -> None:
         """The device goes away, whatever the frontend says. Safe to call again."""

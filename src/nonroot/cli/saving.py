@@ -34,7 +34,8 @@ SAVE_SECONDS = 900.0
 def save(goes_on: bool, stays: bool, as_json: bool, domain: str, file: str) -> int:
     """Save DOMAIN to FILE, from which `restore` goes on, and end it.
 
-    A domain with drives, network cards or shared folders cannot be saved yet, nor one that was started in firmware.
+    Disk images are not in the file: restore wants them as they were. A domain with emulated drives or shared folders
+    cannot be saved yet, nor one that was started in firmware.
     """
     from nonroot.toolstack.client import Toolstack
 
@@ -112,7 +113,7 @@ def restore(paused: bool, with_console: bool, name: str | None, engine: str | No
 def fork(count: int, paused: bool, name: str | None, as_json: bool, domain: str) -> int:
     """Make domains that go on where DOMAIN is now; it goes on too. They share its memory until they write to it.
 
-    The same domains can be forked that can be saved.
+    The same domains can be forked that can be saved, but for those that write to disk images: use ,overlay or ,ro.
     """
     from nonroot.domain.boot_cache import drop, folder
     from nonroot.domain.registry import check_name
@@ -129,7 +130,9 @@ def fork(count: int, paused: bool, name: str | None, as_json: bool, domain: str)
     try:
         with Toolstack() as toolstack:
             reporter.progress(f"forking {domain}")
-            toolstack.request("save", SAVE_SECONDS, domain=domain, path=str(path), then="go on", packed=False)
+            toolstack.request(
+                "save", SAVE_SECONDS, domain=domain, path=str(path), then="go on", packed=False, fork=True
+            )
             saved = _read(path)
             taken = {one["name"] for one in toolstack.request("list")["domains"]}
             names = iter([name] if name is not None else _free_names(saved["name"], taken))

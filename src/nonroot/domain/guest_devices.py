@@ -14,14 +14,18 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nonroot.backends.drive import Drive
+from nonroot.backends.overlay import OverlayImage
 from nonroot.backends.vdev import disk_name, vdev_number
+from nonroot.backends.xenbus import XenbusState
 from nonroot.domain.drives import MOST_DISKS, Twin
 from nonroot.domain.networks import Network
 from nonroot.domain.registry import runtime_dir
-from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError
+from nonroot.domain.saved_devices import Layer, SavedCard, SavedDevices, SavedDisk, identity
+from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError, UnsupportedError
 from nonroot.xen.backend import FrontendAccess
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
@@ -44,6 +48,8 @@ class GuestDevices:
         self._store: XenStore | None = None
         self._devices: PvDevices | None = None
         self._facts: dict[tuple[str, int], dict[str, Any]] = {}
+        self._drives: dict[int, Drive] = {}
+        self._networks: dict[int, Network] = {}
         self._twins: dict[str, int] = {}
         self._closed = False
 
@@ -64,6 +70,85 @@ class GuestDevices:
         """Whether there is a device, or was one."""
         return bool(self._facts)
 
+    # ── saved domains ──
+
+    def check_can_be_saved(self, forking: bool) -> None:
+        """
+        UnsupportedError, one sentence, for devices that cannot go on elsewhere.
+
+        ``forking``: this domain goes on, too, so that nobody else may write to its images.
+        """
+        present = set(self._there())
+        if self._twins:
+            raise UnsupportedError("a domain with emulated disks cannot be saved yet")
+        for number, drive in self._drives.items():
+            if ("vbd", number) not in present:
+                continue
+            if forking and not drive.read_only and not drive.overlay:
+                raise UnsupportedError(
+                    f"the guest writes to the disk image {drive.path}, so that no other can go on from it: give the "
+                    "domain the disk with ,overlay (its changes are thrown away) or ,ro"
+                )
+
+    def suspend(self) -> SavedDevices:
+        """Have nobody use the guest's memory and images, whose vCPUs stand; what is to be saved. TransientError.
+
+        In the vCPU's thread; so is :meth:`resume`.
+        """
+        devices = self._devices
+        if devices is None:
+            return SavedDevices()
+        devices.suspend()
+        disks, cards = [], []
+        for device in devices.devices():
+            state = int(XenbusState.UNKNOWN if device.suspended is None else device.suspended)
+            facts = self._facts[device.kind, device.number]
+            if device.kind == "vbd":
+                drive = self._drives[device.number]
+                with contextlib.suppress(OSError):
+                    devices.flush(device.number)
+                size, known = devices.size(device.number), identity(drive)
+                disks.append(SavedDisk(facts["vdev"], device.number, drive, facts["cdrom"], state, size, known))
+            else:
+                network = replace(self._networks[device.number], mac=facts["mac"])
+                cards.append(SavedCard(device.number, network, state))
+        return SavedDevices(tuple(disks), tuple(cards))
+
+    def resume(self) -> None:
+        """Go on with what is suspended. TransientError."""
+        if self._devices is not None:
+            self._devices.resume()
+
+    def overlays(self) -> dict[int, OverlayImage]:
+        """The overlays of disks, by number, while they are suspended."""
+        return {} if self._devices is None else self._devices.overlays()
+
+    def restore(self, saved: SavedDevices, layers: dict[int, Layer], fork: bool) -> None:
+        """
+        Make devices that go on at :meth:`resume`. BadFileError, BadOptionError, UnsupportedError, SoftwareMissingError.
+
+        ``layers``: what is in overlays already. ``fork``: the domain that they come from goes on: ports stay published
+        for that one, and cards have other addresses.
+        """
+        for disk in saved.disks:
+            disk.check_image()
+            layer = layers.pop(disk.number, None)
+            self._open().add_disk(disk.vdev, disk.drive, disk.cdrom, XenbusState(disk.state), layer)
+            self._keep_disk(disk.vdev, disk.number, disk.drive, disk.cdrom)
+        for card in saved.cards:
+            network = card.network
+            if fork:
+                network = replace(network, publish=(), mac=network.mac if network.is_user else None)
+            self._add_card(network, card.number, XenbusState(card.state))
+
+    def addresses(self) -> dict[int, str]:
+        """The addresses of cards on networks between domains, by number."""
+        return {
+            number: self._facts["vif", number]["mac"]
+            for number, network in self._networks.items()
+            if not network.is_user and ("vif", number) in self._there()
+        }
+
     # ── disks ──
 
     def add_disk(self, text: str, vdev: str | None = None, cdrom: bool = False) -> dict[str, Any]:
@@ -77,13 +162,15 @@ class GuestDevices:
         devices = self._open()
         vdev = self._free_name() if vdev is None else vdev
         device = devices.add_disk(vdev, drive, cdrom)
-        return self._keep_facts(vdev, device.number, drive, cdrom)
+        self._keep_disk(vdev, device.number, drive, cdrom)
+        return self._describe("vbd", device.number)
 
     def add_twin(self, vdev: str, twin: Twin) -> dict[str, Any]:
         """A disk that is emulated until :meth:`twins_are_off` names it. Its facts."""
         device = self._open().add_twin(vdev, twin.image, twin.owned)
         self._twins[vdev] = device.number
-        return self._keep_facts(vdev, device.number, twin.drive, False)
+        self._keep_disk(vdev, device.number, twin.drive, False)
+        return self._describe("vbd", device.number)
 
     def twins_are_off(self, names: set[str]) -> None:
         """The emulated twins of these disks are off. In the vCPU's thread."""
@@ -97,7 +184,8 @@ class GuestDevices:
         if devices is not None:
             devices.restart(set(self._twins.values()))
 
-    def _keep_facts(self, vdev: str, number: int, drive: Drive, cdrom: bool) -> dict[str, Any]:
+    def _keep_disk(self, vdev: str, number: int, drive: Drive, cdrom: bool) -> None:
+        self._drives[number] = drive
         self._facts["vbd", number] = {
             "vdev": vdev,
             "number": number,
@@ -107,7 +195,6 @@ class GuestDevices:
             "overlay": drive.overlay,
             "cdrom": cdrom,
         }
-        return self._describe("vbd", number)
 
     def _free_name(self) -> str:
         taken = {number for kind, number in self._there() if kind == "vbd"}
@@ -132,6 +219,10 @@ class GuestDevices:
 
     def add_network(self, network: Network, index: int | None = None) -> dict[str, Any]:
         """A card; without ``index``, the first free number. Its facts. BadOptionError, SoftwareMissingError."""
+        return self._describe("vif", self._add_card(network, index, None))
+
+    def _add_card(self, network: Network, index: int | None, suspended: XenbusState | None) -> int:
+        """Its number."""
         devices = self._open()
         from nonroot.backends.switch import join_network
         from nonroot.backends.vif import random_mac
@@ -141,15 +232,16 @@ class GuestDevices:
             raise BadOptionError(f"there is a network card {mac} already; each has an address of its own")
         if network.is_user:
             try:
-                device = devices.add_card(network.user_network(self._hostname), mac, index)
+                device = devices.add_card(network.user_network(self._hostname), mac, index, suspended)
             except SoftwareMissingError as error:
                 raise SoftwareMissingError(
                     f"the user's network needs libslirp, which is not here: {error}; install Debian's package libslirp0"
                 ) from None
         else:
-            device = devices.join(join_network(runtime_dir(), network.name), mac, index)
+            device = devices.join(join_network(runtime_dir(), network.name), mac, index, suspended)
+        self._networks[device.number] = network
         self._facts["vif", device.number] = {"index": device.number, **network.to_wire(), "mac": mac}
-        return self._describe("vif", device.number)
+        return device.number
 
     def remove_network(self, index: int) -> None:
         """Ask the guest to let go of a card. NotRunningError if there is none."""
@@ -175,8 +267,6 @@ class GuestDevices:
         facts = {**self._facts[kind, number], "backend": backend, "state": "unknown"}
         store = self._store
         if store is not None:
-            from nonroot.backends.xenbus import XenbusState
-
             with contextlib.suppress(XenStoreError, XenStoreLostError):
                 state = store.read(f"{backend}/state") or ""
                 if state.isdigit() and int(state) in list(XenbusState):

@@ -36,6 +36,13 @@ class Network:
     loopback: bool = False
     """The gateway's address leads to this machine's 127.0.0.1."""
 
+    def __str__(self) -> str:
+        """What :meth:`parse` makes the same of, with the same published ports."""
+        words = [f"mac={self.mac}"] if self.mac else []
+        words += [f"ip={self.ip}"] if self.ip else []
+        words += ["isolated"] if self.isolated else []
+        return ",".join([self.name, *words, *(["loopback"] if self.loopback else [])])
+
     @property
     def is_user(self) -> bool:
         """Whether it is the user's view of the world, and no private network."""

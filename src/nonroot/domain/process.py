@@ -206,7 +206,8 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         if self._runner is not None:
             raise NotRunningError("this process has its domain already")
         options = DomainOptions.from_wire(params)
-        if options.layers:  # descriptors, as the client numbers them: its own come with the request
+        if options.layers or (options.saved or "").startswith(INHERITED):
+            # Descriptors, as the client numbers them: its own come with the request.
             records, *options.layers = connection.take_fds(len(options.layers) + 1)
             options.saved = f"{INHERITED}{records}"
         options.check()
@@ -241,6 +242,7 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         runner.start()
         if self._options is not None and self._options.saved is not None:
             self._freshen()
+            self._rename_cards()
         self._messages.say("powered on")
         self._tell_watchers()
         return {}

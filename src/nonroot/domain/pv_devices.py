@@ -21,6 +21,7 @@ from nonroot.backends.handover import describe_image
 from nonroot.backends.helper import Helper
 from nonroot.backends.image import Image
 from nonroot.backends.link import Link
+from nonroot.backends.overlay import OverlayImage
 from nonroot.backends.raw import RawImage
 from nonroot.backends.slirp import UserNetwork, start_user_network
 from nonroot.backends.supervisor import BackendProcess
@@ -28,7 +29,7 @@ from nonroot.backends.vbd import BlockDevice, create_vbd
 from nonroot.backends.vdev import vdev_number
 from nonroot.backends.vif import NetDevice, create_vif, random_mac
 from nonroot.backends.xenbus import BackendDevice, XenbusState
-from nonroot.errors import BadOptionError, NotRunningError
+from nonroot.errors import BadOptionError, NotRunningError, TransientError
 from nonroot.xen.backend import FrontendAccess
 from nonroot.xen.sharing import Sharing
 from nonroot.xenstore.client import XenStore
@@ -54,6 +55,8 @@ class PvDevice:
     """Makes its folders in XenStore as they were at first."""
     waits: bool = False
     """Whether it is not to be offered until its emulated twin is off."""
+    suspended: XenbusState | None = None
+    """The state in which it goes on; None: it is not suspended."""
 
     @property
     def state(self) -> XenbusState:
@@ -86,11 +89,23 @@ class PvDevices:
 
     # ── disks ──
 
-    def add_disk(self, vdev: str, drive: Drive, cdrom: bool = False) -> PvDevice:
-        """A disk by its name in the guest (``xvda``). BadOptionError, BadFileError, UnsupportedError."""
+    def add_disk(
+        self,
+        vdev: str,
+        drive: Drive,
+        cdrom: bool = False,
+        suspended: XenbusState | None = None,
+        layer: tuple[int, int] | None = None,
+    ) -> PvDevice:
+        """
+        A disk by its name in the guest (``xvda``). BadOptionError, BadFileError, UnsupportedError.
+
+        ``suspended``: it goes on in that state, at :meth:`resume`. ``layer``: of a drive with an overlay, descriptors
+        of what is in the overlay already (:meth:`OverlayImage.layer`), which are the image's then.
+        """
         number = vdev_number(vdev)
         self._check_free("vbd", number, f"there is a disk {vdev} already")
-        return self._add_disk(vdev, number, open_image(drive), cdrom)
+        return self._add_disk(vdev, number, open_image(drive, layer), cdrom, suspended=suspended)
 
     def add_twin(self, vdev: str, image: Image, owned: bool) -> PvDevice:
         """A disk that is an emulated one until :meth:`offer` names it. ``owned``: the image is to be closed with it."""
@@ -99,7 +114,14 @@ class PvDevices:
         return self._add_disk(vdev, number, image, False, waits=True, owned=owned)
 
     def _add_disk(
-        self, vdev: str, number: int, image: Image, cdrom: bool, waits: bool = False, owned: bool = True
+        self,
+        vdev: str,
+        number: int,
+        image: Image,
+        cdrom: bool,
+        waits: bool = False,
+        owned: bool = True,
+        suspended: XenbusState | None = None,
     ) -> PvDevice:
         def make() -> str:
             return create_vbd(self._store, self._access.domid, vdev, image, cdrom)
@@ -120,7 +142,7 @@ class PvDevices:
             if owned:
                 image.close()
             raise
-        return self._add(PvDevice("vbd", number, backend, renew=make, waits=waits))
+        return self._add(PvDevice("vbd", number, backend, renew=make, waits=waits, suspended=suspended))
 
     def resized(self, vdev: str) -> None:
         """Tell the guest that a disk's image has another size. NotRunningError if there is no such disk."""
@@ -130,16 +152,38 @@ class PvDevices:
 
     # ── cards ──
 
-    def add_card(self, network: UserNetwork, mac: str | None = None, index: int | None = None) -> PvDevice:
-        """A card with the user's view of the network. SoftwareMissingError without libslirp; BadOptionError."""
+    def add_card(
+        self,
+        network: UserNetwork,
+        mac: str | None = None,
+        index: int | None = None,
+        suspended: XenbusState | None = None,
+    ) -> PvDevice:
+        """A card with the user's view of the network. SoftwareMissingError without libslirp; BadOptionError.
+
+        ``suspended``: as for :meth:`add_disk`.
+        """
         sock, helper = start_user_network(network)
-        return self._add_card(sock, mac, index, helper)
+        return self._add_card(sock, mac, index, helper, suspended)
 
-    def join(self, port: socket.socket, mac: str | None = None, index: int | None = None) -> PvDevice:
+    def join(
+        self,
+        port: socket.socket,
+        mac: str | None = None,
+        index: int | None = None,
+        suspended: XenbusState | None = None,
+    ) -> PvDevice:
         """A card at a port of a network between domains (:func:`nonroot.backends.switch.join_network`)."""
-        return self._add_card(port, mac, index, None)
+        return self._add_card(port, mac, index, None, suspended)
 
-    def _add_card(self, sock: socket.socket, mac: str | None, index: int | None, helper: Helper | None) -> PvDevice:
+    def _add_card(
+        self,
+        sock: socket.socket,
+        mac: str | None,
+        index: int | None,
+        helper: Helper | None,
+        suspended: XenbusState | None,
+    ) -> PvDevice:
         link = Link(sock)
         try:
             with self._lock:
@@ -153,7 +197,7 @@ class PvDevices:
 
                 path = make()
                 backend = NetDevice(self._store, path, self._access, link, post=self._post, process=self.process)
-                return self._add(PvDevice("vif", number, backend, helper, make))
+                return self._add(PvDevice("vif", number, backend, helper, make, suspended=suspended))
         except BaseException:
             link.close()
             if helper is not None:
@@ -186,17 +230,15 @@ class PvDevices:
         """The machine starts again: all connections end, and devices are offered as at first; disks of ``twins`` wait
         for :meth:`offer` again. In the vCPU's thread; when this returns, nothing of the guest's memory is in use.
         """
-        done = threading.Event()
+
+        def stop() -> None:
+            for device in self.devices():
+                with contextlib.suppress(XenStoreError, XenStoreLostError):
+                    device.backend.stop()
+            self._posted.appendleft(begin)
 
         def begin() -> None:
-            devices = self.devices()
-            try:
-                for device in devices:
-                    with contextlib.suppress(XenStoreError, XenStoreLostError):
-                        device.backend.stop()
-            finally:
-                done.set()
-            for device in devices:
+            for device in self.devices():
                 device.renew()
                 if not device.waits:
                     device.backend.start()
@@ -204,11 +246,79 @@ class PvDevices:
         for device in self.devices():
             if device.kind == "vbd" and device.number in twins:
                 device.waits = True
+        self._do(stop)
+
+    def suspend(self) -> None:
+        """
+        Have nobody use the guest's memory, images and event channels, while its vCPUs stand. In the vCPU's thread.
+
+        Each device's ``suspended`` says then in which state it goes on: here at :meth:`resume`, or in another domain.
+        TransientError if XenStore cannot be reached.
+        """
+
+        def suspend() -> None:
+            for device in self.devices():
+                if device.suspended is None and not device.waits:
+                    device.suspended = device.backend.suspend()
+
+        self._do(suspend)
+
+    def size(self, number: int) -> int:
+        """Bytes of a disk."""
+        backend = self._devices["vbd", number].backend
+        return backend.image.size if isinstance(backend, BlockDevice) else 0
+
+    def flush(self, number: int) -> None:
+        """Have what was written to a suspended disk on stable storage. OSError."""
+        device = self._devices["vbd", number]
+        if isinstance(device.backend, BlockDevice) and not device.backend.image.read_only:
+            device.backend.image.flush()
+
+    def overlays(self) -> dict[int, OverlayImage]:
+        """The overlays of suspended disks, by the disks' numbers."""
+        found = {}
+        for device in self.devices():
+            backend = device.backend
+            if isinstance(backend, BlockDevice) and isinstance(backend.image, OverlayImage):
+                found[device.number] = backend.image
+        return found
+
+    def resume(self) -> None:
+        """Go on with what is suspended. In the vCPU's thread, or before there is one. TransientError."""
+
+        def resume() -> None:
+            for device in self.devices():
+                state = device.suspended
+                if state is None:
+                    continue
+                device.suspended = None
+                if state is XenbusState.UNKNOWN:
+                    device.backend.start()
+                else:
+                    device.backend.adopt(state)
+
+        self._do(resume)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        """Have something done in the devices' thread, and wait until it is, or they end. TransientError."""
         if self._thread is None:
             return
-        self._post(begin)
+        done = threading.Event()
+        failures: list[XenStoreError | XenStoreLostError] = []
+
+        def act() -> None:
+            try:
+                action()
+            except (XenStoreError, XenStoreLostError) as error:
+                failures.append(error)
+            finally:
+                done.set()
+
+        self._post(act)
         while not done.wait(RETRY_SECONDS) and not self._closing.is_set():
             pass
+        if failures:
+            raise TransientError(f"XenStore cannot be asked about the domain's devices: {failures[0]}")
 
     def close(self) -> None:
         """The domain is over. Safe to call again."""
@@ -249,7 +359,7 @@ class PvDevices:
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="nonroot-xenbus", daemon=True)
                 self._thread.start()
-        if not device.waits:
+        if not device.waits and device.suspended is None:
             self._post(device.backend.start)
         return device
 

@@ -31,7 +31,16 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
-from nonroot.domain.saving import Saved, check_can_be_saved, fill, image, read_saved, write_fork, write_saved
+from nonroot.domain.saving import (
+    Saved,
+    check_can_be_saved,
+    fill,
+    image,
+    read_layers,
+    read_saved,
+    write_fork,
+    write_saved,
+)
 from nonroot.domain.sealing import can_be_sealed, connector, seal
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
 from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError, NotRunningError
@@ -92,6 +101,8 @@ class Runner:
         self._choice = select.choose(options.engine, interpreted=options.interpreted or options.left_to_others)
         self.guest_devices: GuestDevices | None = None
         """Its paravirtual devices, if it is Xen's."""
+        self.new_addresses: dict[int, str] = {}
+        """Of a fork's cards on networks between domains: addresses that its guest does not know yet."""
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
         saved = None if options.saved is None else read_saved(options.saved, options)
@@ -120,6 +131,7 @@ class Runner:
         self._snapshot: tuple[dict[str, bytes], dict[str, Any] | None, tuple[int, int]] | None = None
         self._state = "created"
         self._paused = False
+        self._suspended = False  # whether its devices are
         self._began = time.monotonic()
         self._ended: float | None = None
 
@@ -218,14 +230,20 @@ class Runner:
         if (self.xen is None) != (saved.store is None):
             raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
         fill(machine, saved)
-        _close_inherited(options.saved)
         if self.xen is not None and machine.xen is not None and saved.store is not None:
             self.xen.attach(machine.xen)
+            devices = GuestDevices(machine.xen, options.name, lambda: self._in_machine(machine.ram.share))
+            self.guest_devices = devices
             try:
-                self.xen.resume(saved.store)
+                if saved.devices:
+                    devices.restore(saved.devices, read_layers(saved), saved.is_fork)
+                    self.new_addresses = devices.addresses() if saved.is_fork else {}
+                self.xen.resume(saved.store, devices.resume)
             except StateError as error:
                 raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
-            self.guest_devices = GuestDevices(machine.xen, options.name, lambda: self._in_machine(machine.ram.share))
+        elif saved.devices:
+            raise BadFileError(f"{saved.path} cannot be restored: its devices need Xen")
+        _close_inherited(options.saved)
         return machine
 
     def _in_machine(self, action: Callable[[], object]) -> None:
@@ -263,14 +281,58 @@ class Runner:
         return seal(self._options.memory)
 
     def save(
-        self, path: str, packed: bool, greeting: bytes, toolstack: dict[str, Any] | None, file: int | None = None
+        self,
+        path: str,
+        packed: bool,
+        greeting: bytes,
+        toolstack: dict[str, Any] | None,
+        file: int | None = None,
+        stay: bool = False,
+        fork: bool = False,
     ) -> dict[str, Any]:
-        """Write the domain to a file; its vCPU stands, and this is its thread. ``file``: see :func:`write_saved`."""
+        """
+        Write the domain to a file; its vCPU stands, and this is its thread. ``file``: see :func:`write_saved`.
+
+        ``stay``: its devices stay suspended until it goes on: so images are what the guest has left.
+        """
         machine, options, line = self._machine, self._options, self._command_line
-        return write_saved(path, packed, machine, options, line, self._by_serial, greeting, self.xen, toolstack, file)
+        devices = self.guest_devices
+        suspended = None if devices is None else devices.suspend()
+        stays = False
+        try:
+            result = write_saved(
+                path,
+                packed,
+                machine,
+                options,
+                line,
+                self._by_serial,
+                greeting,
+                self.xen,
+                toolstack,
+                file,
+                suspended,
+                None if devices is None else devices.overlays(),
+                fork,
+            )
+            stays = stay
+        finally:
+            if devices is not None and not stays:
+                devices.resume()
+        self._suspended = stays and bool(suspended)
+        return result
 
     def fork(self, greeting: bytes) -> list[int]:
         """Descriptors of what a fork goes on from; the vCPU stands, and this is its thread."""
+        if self.guest_devices is not None and self.guest_devices.any:
+            # The backends of both need memory that can be shared, so it is copied.
+            file = os.memfd_create("nonroot-fork", os.MFD_CLOEXEC)
+            try:
+                self.save("the fork", False, greeting, None, file, fork=True)
+            except BaseException:
+                os.close(file)
+                raise
+            return [file]
         return write_fork(self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen)
 
     def snapshot(self) -> dict[str, Any]:
@@ -423,7 +485,11 @@ class Runner:
         """Let it go on."""
         if self._paused:
             self._paused = False
-            self._machine.resume()
+            if self._suspended and self.guest_devices is not None:
+                self._suspended = False
+                self.call(self.guest_devices.resume, lambda nothing: self._machine.resume())
+            else:
+                self._machine.resume()
 
     def send(self, data: bytes) -> None:
         """Bytes for the agent."""

@@ -10,6 +10,7 @@ from nonroot.domain.connection import Connection
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.saving import check_can_be_saved
 from nonroot.domain.sealing import SEALED
+from nonroot.domain.wire import Kind
 from nonroot.errors import BadOptionError, NonrootError, TransientError, UnsupportedError
 
 __all__ = ["SaveRequests"]
@@ -17,6 +18,12 @@ __all__ = ["SaveRequests"]
 TRIES = 50
 """How often a guest that is in the middle of a request to XenStore is let go on, before the save is given up."""
 ENTROPY = 64
+RENAME = """\
+dev=$(ls /sys/bus/xen/devices/vif-{index}/net 2>/dev/null) && {{
+    ifconfig "$dev" 0.0.0.0 down
+    ifconfig "$dev" hw ether {mac}
+    ifconfig "$dev" up
+}}"""
 
 
 class SaveRequests:
@@ -48,26 +55,35 @@ class SaveRequests:
         if session is not None and session.hello is not None and options is not None and not options.virtual_time:
             session.freshen(time.time_ns(), os.urandom(ENTROPY))
 
+    def _rename_cards(self) -> None:
+        """A fork's cards are on the same networks as those of the domain that it comes from: they get new addresses.
+
+        The guest's software of ours is told before its next command; IP addresses are the other's, and are given up.
+        """
+        addresses = getattr(self._need(), "new_addresses", {})
+        if addresses and self._session is not None and self._session.hello is not None:
+            script = "\n".join(RENAME.format(index=index, mac=mac) for index, mac in addresses.items())
+            self._session.run(_Nobody(), 0, {"argv": ["/bin/sh", "-c", script]})
+
     def _restart_session(self, greeting: bytes) -> None:
         """The guest has gone back to a moment at which its agent had nothing to do."""
         raise NotImplementedError
 
     def _do_fork(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         """Two descriptors that a fork of the domain is made from: its records, and its RAM."""
-        greeting = self._check()
+        greeting = self._check(forking=True)
         runner = self._need()
         self._standing(connection, request, lambda: runner.fork(greeting), lambda fds: ({}, fds))
 
     def _do_snapshot(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         """Remember the domain's state."""
+        self._check_devices("have a snapshot")
         self._snapshot_greeting = self._check()
         self._standing(connection, request, self._need().snapshot, lambda nothing: ({}, None))
 
     def _do_revert(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         """Go back to the remembered state. What is under way is given up."""
-        devices = getattr(self._need(), "guest_devices", None)
-        if devices is not None and devices.any:
-            raise UnsupportedError("a domain to which devices were attached cannot go back to its snapshot yet")
+        self._check_devices("go back to its snapshot")
 
         def reverted(nothing: Any) -> tuple[dict[str, Any], None]:
             self._restart_session(self._snapshot_greeting)
@@ -77,13 +93,21 @@ class SaveRequests:
 
         self._standing(connection, request, self._need().revert, reverted)
 
-    def _check(self) -> bytes:
-        """What the agent has said, of a domain that can be saved. UnsupportedError, TransientError."""
+    def _check_devices(self, what: str) -> None:
+        """UnsupportedError for a domain with disks or cards: what these wrote and sent cannot be taken back."""
+        devices = getattr(self._need(), "guest_devices", None)
+        if devices is not None and devices.any:
+            raise UnsupportedError(f"a domain with disks or network cards cannot {what}: fork it instead")
+
+    def _check(self, forking: bool = False) -> bytes:
+        """What the agent has said, of a domain that can be saved, or forked. UnsupportedError, TransientError."""
         runner = self._need()
         if self._stop_error is not None:
             raise self._stop_error
+        check_can_be_saved(runner.options, self._session)
         devices = getattr(runner, "guest_devices", None)
-        check_can_be_saved(runner.options, self._session, devices is not None and devices.any)
+        if devices is not None:
+            devices.check_can_be_saved(forking)
         return b"" if self._session is None else self._session.greeting
 
     def _standing(
@@ -127,7 +151,10 @@ class SaveRequests:
         go()
 
     def _do_save(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
-        """Write the domain to the file ``path``; afterwards it goes on, unless ``stay`` is set or it was paused."""
+        """Write the domain to the file ``path``; afterwards it goes on, unless ``stay`` is set or it was paused.
+
+        ``fork``: others are to go on from the file while this one does.
+        """
         path, packed, stay = params.get("path"), bool(params.get("packed", True)), bool(params.get("stay", False))
         if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
             raise BadOptionError(f"{path!r} is no absolute path")
@@ -139,8 +166,9 @@ class SaveRequests:
         toolstack = params.get("toolstack")
         if toolstack is not None and not isinstance(toolstack, dict):
             raise BadOptionError("what the toolstack wants to be saved is no record")
+        forking = bool(params.get("fork", False))
         try:
-            greeting = self._check()
+            greeting = self._check(forking)
         except NonrootError:
             _close(file)
             raise
@@ -153,9 +181,29 @@ class SaveRequests:
             return result | {"seconds": seconds}, None
 
         def save() -> Any:
-            return runner.save(path, packed, greeting, toolstack, file)
+            return runner.save(path, packed, greeting, toolstack, file, stay, forking)
 
         self._standing(connection, request, save, said, lambda: not stay, lambda: _close(file))
+
+
+class _Nobody:
+    """Who asks for a command whose output nobody wants; a :class:`~nonroot.domain.agent.Client`."""
+
+    def emit(self, kind: Kind, body: bytes) -> None:
+        """Drop it."""
+
+    def reply(self, request: int, result: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def fail(self, request: int, error: NonrootError) -> None:
+        """Drop it."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Drop it."""
+
+    def backlog(self) -> int:
+        """Nothing waits."""
+        return 0
 
 
 def _close(file: int | None) -> None:

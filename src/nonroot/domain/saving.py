@@ -10,14 +10,17 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nonroot.backends.overlay import OverlayImage
+from nonroot.domain.drives import ide_disks
 from nonroot.domain.options import DomainOptions
+from nonroot.domain.saved_devices import Layer, SavedDevices, layer_names, put_layer, read_layer
 from nonroot.engines.policy import CpuPolicy
-from nonroot.errors import BadFileError, BadOptionError, TransientError, UnsupportedError
+from nonroot.errors import BadFileError, BadOptionError, NonrootError, TransientError, UnsupportedError
 from nonroot.hvm.device import StateError
 from nonroot.hvm.guest_ram import RamBase
 from nonroot.hvm.ram import data_extents, ram_file
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.machine import Machine
 
-__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_saved", "write_fork", "write_saved"]
+__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_layers", "read_saved", "write_fork", "write_saved"]
 
 RECORD: Final = "domain"
 TOOLSTACK: Final = "toolstack"
@@ -59,6 +62,10 @@ class Saved:
     """Its nodes and watches in XenStore."""
     ram: object
     """Of a fork: see :class:`~nonroot.hvm.guest_ram.RamBase`."""
+    devices: SavedDevices = field(default_factory=SavedDevices)
+    """Its paravirtual disks and cards."""
+    is_fork: bool = False
+    """Whether the domain that it comes from goes on."""
 
 
 def cpu_digest(policy: CpuPolicy) -> str:
@@ -69,15 +76,12 @@ def cpu_digest(policy: CpuPolicy) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def check_can_be_saved(options: DomainOptions, session: "AgentSession | None", attached: bool = False) -> None:
-    """
-    UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now.
-
-    ``attached``: whether it has devices that its options do not name.
-    """
-    drives = options.disks or options.cdroms or options.floppies
-    if attached or drives or options.networks or options.publish or options.shares:
-        raise UnsupportedError("a domain with drives, network cards or shared folders cannot be saved yet")
+def check_can_be_saved(options: DomainOptions, session: "AgentSession | None") -> None:
+    """UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now."""
+    if options.cdroms or options.floppies or ide_disks(options):
+        raise UnsupportedError("a domain with emulated drives cannot be saved yet: only Xen's disks can")
+    if options.shares:
+        raise UnsupportedError("a domain with shared folders cannot be saved yet")
     if options.firmware is not None:
         raise UnsupportedError("a domain that was started in firmware cannot be saved yet")
     if session is not None and not session.idle:
@@ -95,20 +99,27 @@ def write_saved(
     xen: "XenServices | None",
     toolstack: dict[str, Any] | None = None,
     file: int | None = None,
+    devices: SavedDevices | None = None,
+    overlays: Mapping[int, OverlayImage] | None = None,
+    fork: bool = False,
 ) -> dict[str, Any]:
     """
     Save a domain whose vCPU stands, in the vCPU's thread. ``toolstack``: put into the file for the toolstack. ``file``:
-    the descriptor of an empty file, which the caller puts at ``path``; None: that is done here.
+    the descriptor of an empty file, which the caller puts at ``path``; None: that is done here. ``devices``: suspended,
+    with what is in ``overlays``. ``fork``: this domain goes on, too.
 
     BadFileError or TransientError (a full disk) leave the domain, and a file that was there before, as they were.
     """
     facts = _facts(machine, options, command_line, by_serial, greeting, xen)
+    facts |= {"devices": (devices or SavedDevices()).to_json(), "fork": fork}
     records = take(machine)
     machine.ram.share()
     with Writer(path, packed, file=file) as writer:
         _put(writer, facts, records, toolstack)
         with _ram(machine) as (fd, contents):
             writer.memory(RAM, contents, data_extents(fd))
+        for number, image_ in (overlays or {}).items():
+            put_layer(writer, number, image_)
         return {"bytes": writer.size}
 
 
@@ -204,6 +215,8 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             by_serial,
             None if record.get("store") is None else fields.inner("store"),
             record.get("ram"),
+            SavedDevices() if record.get("devices") is None else SavedDevices.from_json(fields.inner("devices")),
+            record.get("fork") is True,
         )
     except (StateError, BadOptionError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadFileError(f"{path} is no saved domain that could be restored: {error}") from None
@@ -220,7 +233,7 @@ def image(saved: Saved) -> RamBase | None:
     if not options.kept:
         return None
     with Reader(saved.path) as reader:
-        if reader.memories != {RAM: saved.options.memory}:
+        if reader.memories.get(RAM) != saved.options.memory:
             raise _bad(saved, "its memory has another size")
         place = reader.image(RAM)
     if place is None:
@@ -235,17 +248,37 @@ def fill(machine: "Machine", saved: Saved) -> None:
             f"{saved.path} cannot be restored here: its guest was running on a CPU with other features"
         )
     with Reader(saved.path) as reader:
-        if reader.memories != ({} if saved.options.layers else {RAM: saved.options.memory}):
+        overlays = layer_names(reader)
+        memories = {name: size for name, size in reader.memories.items() if name not in overlays}
+        if memories != ({} if saved.options.layers else {RAM: saved.options.memory}):
             raise _bad(saved, "its memory has another size")
         try:
             if not machine.ram.is_private:
                 _load(reader, machine)
-            records = {name: reader.record(name) for name in reader.names if name not in (RECORD, TOOLSTACK)}
+            others = {RECORD, TOOLSTACK, *overlays}
+            records = {name: reader.record(name) for name in reader.names if name not in others}
             restore(machine, records)
         except StateError as error:
             raise _bad(saved, str(error)) from None
         except OSError as error:
             raise TransientError(f"{saved.path} cannot be restored: {(error.strerror or str(error)).lower()}") from None
+
+
+def read_layers(saved: Saved) -> dict[int, Layer]:
+    """What is in the overlays of a file's disks, by number; the descriptors are the caller's. BadFileError."""
+    wanted = [disk for disk in saved.devices.disks if disk.drive.overlay]
+    found: dict[int, Layer] = {}
+    try:
+        if wanted:
+            with Reader(saved.path) as reader:
+                for disk in wanted:
+                    found[disk.number] = read_layer(reader, disk.number, disk.size)
+    except (NonrootError, StateError, OSError) as error:
+        for layer in found.values():
+            os.close(layer[0])
+            os.close(layer[1])
+        raise error if isinstance(error, NonrootError) else _bad(saved, str(error)) from None
+    return found
 
 
 def _load(reader: Reader, machine: "Machine") -> None:

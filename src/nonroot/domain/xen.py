@@ -10,7 +10,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ HOSTS_NODES: Final = ("name", "domid", "console/tty", "memory/static-max")
 OFTEN_SWEPT: Final = 16
 """With more domains than this, one in so many new ones looks for those that are dead."""
 MOST_NODES: Final = 4096
+BACKENDS: Final = ("vbd", "vif")
 
 
 class StoreLink:
@@ -91,9 +92,10 @@ class StoreLink:
         """Requests of the guest that may have changed something."""
         return self._relay.changes
 
-    def resume(self, watches: list[bytes], begun: bytes) -> None:
-        """The guest goes on from a saved one, which watched that. Before it does."""
+    def resume(self, watches: list[bytes], begun: bytes, former: Collection[int], number: int) -> None:
+        """The guest goes on from a saved one, which watched that, and had ``former`` numbers. Before it does."""
         with self._lock:
+            self._relay.rename(former, number)
             self._relay.resume(watches, begun)
 
     def restart(self) -> None:
@@ -198,6 +200,7 @@ class XenServices:
         self._host: XenHost | None = None
         self._closed = False
         self._own_changes = 0
+        self._former: list[int] = []
         self._name = name or f"domain{self.domid}"
         if not resumed:
             self._fill(self._name, memory)
@@ -221,20 +224,25 @@ class XenServices:
         watches, begun = link.saved()
         return {
             "domid": self.domid,
+            "former": self._former,
             "nodes": [field for node in nodes for field in node],
             "watches": [watch.hex() for watch in watches],
             "begun": begun.hex(),
         }
 
-    def resume(self, record: Fields) -> None:
-        """Have the nodes and watches that :meth:`saved` found, under this domain's number. StateError."""
-        old = record.number("domid", LAST_DOMID)
-        fields, watches = record.texts("nodes"), record.texts("watches")
+    def resume(self, record: Fields, devices: Callable[[], object] = lambda: None) -> None:
+        """
+        Have the nodes and watches that :meth:`saved` found, under this domain's number. StateError.
+
+        The guest may go on to use the numbers that it had before. ``devices``: called between nodes and watches.
+        """
+        old, former = record.number("domid", LAST_DOMID), record.numbers("former", LAST_DOMID)
+        fields = record.texts("nodes")
         if len(fields) % 3:
             raise StateError("XenStore state: nodes are not complete")
-        before = f"/local/domain/{old}"
+        self._former = [number for number in dict.fromkeys([*former, old]) if number != self.domid]
         try:
-            renamed = [self._renamed(bytes.fromhex(watch), before) for watch in watches]
+            watches = [bytes.fromhex(watch) for watch in record.texts("watches")]
             values = [bytes.fromhex(value) for value in fields[1::3]]
             for attempt in self.store.transaction():
                 with attempt as t:
@@ -248,13 +256,14 @@ class XenServices:
                             continue
                         node = f"{self.home}/{path}" if path else self.home
                         if path:
-                            requests.append(writing(node, self._renamed(value, before)))
+                            requests.append(writing(node, self._renamed(value, old)))
                         requests.append(permitting(node, [_for(p, old, self.domid) for p in permissions.split()]))
                     t.do_all(requests)
         except (ValueError, XenStoreError) as error:
             raise StateError(f"XenStore state: {error}") from None
+        devices()
         if self._link is not None:
-            self._link.resume(renamed, record.data("begun", 1 << 16))
+            self._link.resume(watches, record.data("begun", 1 << 16), frozenset(self._former), self.domid)
 
     def revert(self, record: Fields, seen: tuple[int, int]) -> None:
         """The guest goes back to what :meth:`saved` found, when :meth:`changes` was ``seen``: its nodes are as then."""
@@ -281,11 +290,11 @@ class XenServices:
         """Numbers that grow with what the guest and we may have changed."""
         return (0 if self._link is None else self._link.changes, self._own_changes)
 
-    def _renamed(self, value: bytes, before: str) -> bytes:
-        """``value`` with this domain's path instead of the other's."""
-        old = before.encode()
-        if value == old or value.startswith((old + b"/", old + b"\0")):
-            return self.home.encode() + value[len(old) :]
+    def _renamed(self, value: bytes, number: int) -> bytes:
+        """``value`` with this domain's path instead of that of the domain with another number."""
+        for old, new in zip(_places(number), _places(self.domid), strict=True):
+            if value == old or value.startswith((old + b"/", old + b"\0")):
+                return new + value[len(old) :]
         return value
 
     def _collect(self, nodes: list[list[str]]) -> None:
@@ -470,6 +479,12 @@ class XenServices:
             self.store.rm(path)
         for kind in _names(self.store.ls, "/local/domain/0/backend"):
             self.store.rm(f"/local/domain/0/backend/{kind}/{domid}")
+
+
+def _places(domid: int) -> list[bytes]:
+    """The places in XenStore whose names say a domain's number: its own, and its devices' backends'."""
+    backends = [f"/local/domain/0/backend/{kind}/{domid}" for kind in BACKENDS]
+    return [name.encode() for name in (f"/local/domain/{domid}", *backends)]
 
 
 def _for(permission: str, old: int, new: int) -> str:

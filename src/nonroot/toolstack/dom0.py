@@ -224,8 +224,9 @@ class DomainZero(DeviceVerbs):
         if known.record is not None:
             about["record"] = {key: value for key, value in known.record.items() if key != "options"}
         packed, stay = bool(params.get("packed", True)), then != "go on"
+        fork = bool(params.get("fork", False))
         result = await known.link.request(
-            "save", SAVE_SECONDS, path=params.get("path"), packed=packed, stay=stay, toolstack=about
+            "save", SAVE_SECONDS, path=params.get("path"), packed=packed, stay=stay, fork=fork, toolstack=about
         )
         if then == "end":
             await self._end(known)

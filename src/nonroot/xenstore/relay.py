@@ -3,10 +3,15 @@
 Pure: whoever pumps the ring gives and takes bytes. After the process came back and the connection speaks for the domain
 again, :meth:`Relay.resend` sends what was not answered; answers that only say that it had been done before are put
 right.
+
+A guest that goes on from a saved one may have another number than the one that it knows. Paths that it learnt before
+name the old number; the relay puts the present one in their place (:meth:`Relay.rename`), and the old one back into
+the events of what is watched by such a path.
 """
 
+import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +21,13 @@ __all__ = ["Relay"]
 
 _OUTSTANDING_MAX: Final = 20
 """Requests without an answer; xenstored allows a domain as many."""
+_WITHOUT_PATH: Final = (
+    *(Kind.TRANSACTION_START, Kind.TRANSACTION_END, Kind.INTRODUCE, Kind.RELEASE, Kind.GET_DOMAIN_PATH),
+    *(Kind.IS_DOMAIN_INTRODUCED, Kind.RESUME, Kind.SET_TARGET, Kind.RESET_WATCHES, Kind.CONTROL),
+)
+"""Requests that do not begin with a path."""
+_NUMBERED: Final = re.compile(rb"/local/domain/(?:0/backend/[a-z]+/)?([1-9][0-9]{0,4})(?=[/\0])")
+"""How paths begin in which there is a domain's number."""
 HARMLESS: Final = (Kind.READ, Kind.DIRECTORY, Kind.DIRECTORY_PART, Kind.GET_PERMS, Kind.GET_DOMAIN_PATH)
 
 
@@ -24,6 +36,9 @@ class _Request:
     kind: int
     number: int
     message: bytes
+    """As XenStore gets it."""
+    asked: bytes
+    """What the guest gave along."""
     resent: bool = False
     silent: bool = False
     """The guest that asked is gone."""
@@ -42,6 +57,9 @@ class Relay:
         self._guest = bytearray()
         self._store = bytearray()
         self._watches: dict[bytes, None] = {}
+        self._former: Collection[int] = ()  # numbers that the guest had
+        self._number = b""  # the one that it has
+        self._events: dict[bytes, list[tuple[bytes, bytes]]] = {}  # token: (XenStore's path, the guest's)
         self._transactions: set[int] = set()
         self.changes = 0
         """Requests of the guest that may have changed something, its watches included."""
@@ -56,6 +74,10 @@ class Relay:
         """What the guest watches: path and token, each with a NUL after it."""
         return list(self._watches)
 
+    def rename(self, former: Collection[int], number: int) -> None:
+        """Where the guest names itself, or backends of its devices, by a ``former`` number, it means ``number``."""
+        self._former, self._number = former, b"%d" % number
+
     @property
     def begun(self) -> bytes:
         """The part of a request that has come."""
@@ -65,8 +87,8 @@ class Relay:
         """For a guest that goes on from a saved one: what it watched then. Each watch fires once."""
         self._guest[:] = begun
         for payload in watches:
-            message = pack(Kind.WATCH, 0, 0, payload)
-            self._requests.append(_Request(Kind.WATCH, 0, message, silent=True))
+            message = pack(Kind.WATCH, 0, 0, self._put_in(Kind.WATCH, payload))
+            self._requests.append(_Request(Kind.WATCH, 0, message, payload, silent=True))
             self._to_store(message)
 
     @property
@@ -80,7 +102,7 @@ class Relay:
             return
         self._guest += data
         while len(self._guest) >= HEADER.size:
-            kind, number, _, length = HEADER.unpack_from(self._guest)
+            kind, number, transaction, length = HEADER.unpack_from(self._guest)
             if length > PAYLOAD_MAX:
                 self.broken = f"a message of {length} bytes"
                 return
@@ -90,7 +112,10 @@ class Relay:
             message = bytes(self._guest[:end])
             del self._guest[:end]
             self.changes += kind not in HARMLESS
-            self._requests.append(_Request(kind, number, message))
+            asked = message[HEADER.size :]
+            if self._former:
+                message = pack(kind, number, transaction, self._put_in(kind, asked))
+            self._requests.append(_Request(kind, number, message, asked))
             self._to_store(message)
 
     def from_store(self, data: bytes) -> None:
@@ -111,6 +136,8 @@ class Relay:
                 if request.silent:
                     continue
                 message = self._put_right(request, message)
+            elif self._events:
+                message = self._put_back(message)
             self._to_guest(message)
 
     def resend(self) -> None:
@@ -127,30 +154,52 @@ class Relay:
         self._guest.clear()
         for request in self._requests:
             request.silent = True
+        self._former = ()  # a guest that starts learns everything anew
         message = pack(Kind.RESET_WATCHES, 0, 0, b"\0")
-        self._requests.append(_Request(Kind.RESET_WATCHES, 0, message, silent=True))
+        self._requests.append(_Request(Kind.RESET_WATCHES, 0, message, b"\0", silent=True))
         self._to_store(message)
 
     def _note(self, request: _Request, answer: bytes) -> None:
         """Keep account of watches and transactions."""
         kind, _, _, _ = HEADER.unpack_from(answer)
         transaction = HEADER.unpack_from(request.message)[2]
-        payload = request.message[HEADER.size :]
+        payload = request.asked
         if request.kind == Kind.TRANSACTION_END:
             self._transactions.discard(transaction)
         elif request.kind == Kind.RESET_WATCHES:
             self._watches.clear()
+            self._events.clear()
             self._transactions.clear()
         elif kind == Kind.ERROR:
             return
         elif request.kind == Kind.WATCH:
             self._watches[payload] = None
+            if request.message[HEADER.size :] != payload:
+                self._events.setdefault(_token(payload), []).append(_paths(request))
         elif request.kind == Kind.UNWATCH:
             self._watches.pop(payload, None)
+            if _paths(request) in self._events.get(_token(payload), ()):
+                self._events[_token(payload)].remove(_paths(request))
         elif request.kind == Kind.TRANSACTION_START:
             text = answer[HEADER.size :].rstrip(b"\0")
             if text.isdigit():
                 self._transactions.add(int(text))
+
+    def _put_in(self, kind: int, payload: bytes) -> bytes:
+        """``payload`` with the present name of the place that it begins with."""
+        match = None if kind in _WITHOUT_PATH else _NUMBERED.match(payload)
+        if match is None or int(match[1]) not in self._former:
+            return payload
+        renamed = payload[: match.start(1)] + self._number + payload[match.end(1) :]
+        return renamed if len(renamed) <= PAYLOAD_MAX else payload
+
+    def _put_back(self, event: bytes) -> bytes:
+        """The event as the guest expects it: with the path by which it watches."""
+        path, _, rest = event[HEADER.size :].partition(b"\0")
+        for theirs, asked in self._events.get(rest.partition(b"\0")[0], ()):
+            if path == theirs or path.startswith(theirs + b"/"):
+                return pack(Kind.WATCH_EVENT, 0, 0, asked + path[len(theirs) :] + b"\0" + rest)
+        return event
 
     @staticmethod
     def _put_right(request: _Request, answer: bytes) -> bytes:
@@ -165,3 +214,13 @@ class Relay:
                 return pack(request.kind, number, transaction, b"OK\0")
             return pack(Kind.ERROR, number, transaction, b"EAGAIN\0")  # whether it was done is not known
         return answer
+
+
+def _token(payload: bytes) -> bytes:
+    """Of a request to watch, or to watch no more."""
+    return payload.partition(b"\0")[2].partition(b"\0")[0]
+
+
+def _paths(request: _Request) -> tuple[bytes, bytes]:
+    """What is watched, as XenStore calls it, and the guest."""
+    return request.message[HEADER.size :].partition(b"\0")[0], request.asked.partition(b"\0")[0]
