@@ -165,8 +165,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param kept: go on from a boot that was kept, where there is one for just this domain, and keep this boot where
-            there is none (see :attr:`boot`). Domains with devices of this machine, in virtual time or without an agent
-            boot as ever.
+            there is none (see :attr:`origin`). Domains with devices of this machine, in virtual time or without an
+            agent boot as ever.
         :param sealed: let the domain's process give up the host before the guest begins. Only a domain without drives,
             cards, shared folders and screen is; disks and cards cannot be added to it, and it cannot be renamed.
         :param fetch: whether guest software may be fetched from the network.
@@ -216,7 +216,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._kept = kept
         self._keep_at: Path | None = None
         self._fork_of: Sequence[int] = ()
-        self.boot = "fresh"
+        self.origin = "fresh"
         """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved``: from a file; ``fork``."""
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
         if firmware is None and kernel is None and flavour is None and has_drives:
@@ -259,7 +259,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             if not client.pid:
                 client.spawn()
             if options.saved is not None:
-                self.boot = "saved"
+                self.origin = "saved"
             # The process takes one request after the other: none of them need wait for the answer to the one before.
             hello = client.submit("hello")
             create = None if self._kept else client.submit("create", options.to_wire(), fds=self._fork_of)
@@ -312,7 +312,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self.note = f"a boot that was kept cannot be used ({error}): it is booted anew"
             return False
         boot_cache.used(path)
-        self.boot = "kept"
+        self.origin = "kept"
         return True
 
     def _keep(self) -> None:
@@ -327,6 +327,25 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             pass  # then it cannot be had at all, and nothing is missed
         except (BadFileError, TransientError, TimeoutError) as error:
             self.note = f"this boot could not be kept for the next time: {error}"
+
+    @classmethod
+    def boot(cls, **options: Any) -> Self:
+        """
+        A started domain that is ready for commands, to be forked. It goes on from a boot that was kept, if there is one.
+
+            with Domain.boot(memory="256M") as base:
+                children = base.fork(100)
+
+        :param options: the constructor's; ``kept`` is set unless it is among them. Raises what :meth:`start` and
+            :meth:`wait_ready` raise.
+        """
+        domain = cls(**({"kept": True} | options)).start()
+        try:
+            domain.wait_ready()
+        except BaseException:
+            domain.destroy()
+            raise
+        return domain
 
     @classmethod
     def restore(
@@ -408,7 +427,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._options.kept = not self._options.layers  # then its memory lies in the same file
         self._fork_of = files
         self.start()
-        self.boot = "fork"
+        self.origin = "fork"
         return self
 
     def snapshot(self) -> None:
@@ -432,7 +451,9 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param packed: compress; without, the file is larger, and read in milliseconds.
         :raises BadFileError, TransientError: the file cannot be written, or a command is under way; the domain, and a
             file that was there before, are as they were.
-        :raises UnsupportedError: the domain has drives, network cards or shared folders.
+        :raises UnsupportedError: the domain has emulated drives or shared folders, or was started by firmware.
+
+        Disk images are not in the file: a restored domain wants them as they were, and checks that.
         """
         self._need()
         self._save(Path(os.path.abspath(path)), 600, packed=packed, stay=stay)  # noqa: PTH100 - resolve() would follow links
@@ -445,7 +466,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             self._client.submit("save", {"path": str(path), "file": True, **how}, fds=[file]).wait(seconds)
 
     def __enter__(self) -> Self:
-        return self if self.boot == "fork" else self.start()
+        return self if self._started else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

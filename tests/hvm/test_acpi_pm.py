@@ -2,11 +2,11 @@
 
 import pytest
 
-from nonroot.hvm.acpi_pm import PM_TIMER_HZ, AcpiPm
+from nonroot.hvm.acpi_pm import GPE_GENERATION, PM_TIMER_HZ, AcpiPm
 from tests.hvm.makers import Outside
 
 SECOND = 10**9
-STS, EN, CNT, TMR = 0, 2, 4, 8
+STS, EN, CNT, TMR, GPE_STS, GPE_EN = 0, 2, 4, 8, 12, 13
 TMR_BIT, GBL, PWRBTN, RTC, WAK = 1, 0x20, 0x100, 0x400, 0x8000
 
 
@@ -116,3 +116,23 @@ def test_sleep_enable_by_byte_access(pm: AcpiPm, outside: Outside) -> None:
 
 def test_reserved_registers_read_as_zero(pm: AcpiPm) -> None:
     assert pm.read(6, 2) == 0
+
+
+def test_general_purpose_events(pm: AcpiPm, outside: Outside) -> None:
+    pm.raise_event(GPE_GENERATION)
+    assert not outside.high()
+    assert pm.read(GPE_STS, 1) == GPE_GENERATION
+    pm.write(GPE_EN, 1, 0xFF)
+    assert pm.read(GPE_STS, 2) == GPE_GENERATION | GPE_GENERATION << 8
+    assert outside.high()
+    state = pm.state()
+    pm.write(GPE_STS, 1, 0)
+    assert outside.high()
+    pm.write(GPE_STS, 2, GPE_GENERATION)
+    assert not outside.high()
+    assert pm.read(GPE_EN, 1) == 0
+    pm.from_state(state)
+    assert outside.high()
+    pm.reset()
+    assert not outside.high()
+    assert pm.read(GPE_STS, 2) == 0

@@ -328,7 +328,7 @@ class Session:
             self.reporter.line(domain.note)
         if self.options.vnc is not None:
             self._serve_screen(domain, self.options.vnc)
-        if domain.boot == "kept":
+        if domain.origin == "kept":
             self.reporter.progress(f"going on from a kept boot with the {domain.engine} engine")
         else:
             self.reporter.progress(f"booting with the {domain.engine} engine: {domain.reason}")
@@ -535,7 +535,7 @@ class Session:
         statistics: Statistics | None = None
         with contextlib.suppress(NonrootError, TimeoutError):
             statistics = domain.stats
-            self.result |= domain.description | {"boot": domain.boot}
+            self.result |= domain.description | {"boot": domain.origin}
             self.result |= {
                 "instructions": statistics.instructions,
                 "machine_seconds": round(statistics.machine_seconds, 6),

@@ -172,6 +172,7 @@ class Runner:
             scramble_seed=options.scramble_seed,
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
             random_seed=options.seed,
+            generation_id=bytes(16) if options.virtual_time else os.urandom(16),
             engine_off=frozenset(options.off),
             xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
         )
@@ -469,6 +470,10 @@ class Runner:
     def press_power_button(self) -> None:
         """Ask the guest to shut down, as its power button does."""
         self._machine.press_power_button()
+
+    def renew_generation(self) -> None:
+        """Tell the guest that it is a copy: another VM generation ID."""
+        self._machine.renew_generation(os.urandom(16))
 
     def reset(self) -> None:
         """Press the reset button."""

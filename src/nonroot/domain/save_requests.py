@@ -50,9 +50,12 @@ class SaveRequests:
             self._session.resume(greeting)
 
     def _freshen(self) -> None:
-        """What a guest that was saved cannot know by itself: the time, and randomness of its own."""
+        """What a guest that was saved cannot know by itself: that it is a copy, the time, randomness of its own."""
         session, options = self._session, self._options
-        if session is not None and session.hello is not None and options is not None and not options.virtual_time:
+        if options is None or options.virtual_time:
+            return
+        self._need().renew_generation()
+        if session is not None and session.hello is not None:
             session.freshen(time.time_ns(), os.urandom(ENTROPY))
 
     def _rename_cards(self) -> None:

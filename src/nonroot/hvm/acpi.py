@@ -1,7 +1,8 @@
 """The ACPI tables of a domain: RSDP, XSDT, FADT, FACS, MADT and DSDT.
 
 Ports and interrupts are those of :mod:`nonroot.hvm.board`.
-Source: ACPI specification 6.5, chapter 5.2; FADT in the form of revision 5.
+Source: ACPI specification 6.5, chapter 5.2; FADT in the form of revision 5. The VM generation ID: Microsoft's paper of
+that name.
 """
 
 import struct
@@ -43,6 +44,7 @@ SPACE_IO: Final = 1
 # MADT
 PCAT_COMPAT: Final = 1 << 0
 LAPIC_ENABLED: Final = 1 << 0
+GENERATION_CID: Final = "VM_Gen_Counter"
 LEVEL_ACTIVE_HIGH: Final = 0b1101
 LAST_XAPIC_ID: Final = 254
 
@@ -103,8 +105,8 @@ def _fadt(facs: int, dsdt: int, boot: int) -> bytes:
         | FLAG_RESET_REGISTER
     )
     body = struct.pack("<IIBBHI4B", facs, dsdt, 0, PM_PROFILE_ENTERPRISE_SERVER, SCI, 0, 0, 0, 0, 0)
-    body += struct.pack("<8I", board.PM1A_EVENT, 0, board.PM1A_CONTROL, 0, 0, board.PM_TIMER, 0, 0)
-    body += struct.pack("<8B", 4, 2, 0, 4, 0, 0, 0, 0)
+    body += struct.pack("<8I", board.PM1A_EVENT, 0, board.PM1A_CONTROL, 0, 0, board.PM_TIMER, board.GPE0, 0)
+    body += struct.pack("<8B", 4, 2, 0, 4, 2, 0, 0, 0)
     body += struct.pack("<4H5B", NO_C2, NO_C3, 0, 0, 0, 0, 0, 0, CENTURY)
     body += struct.pack("<HBI", boot, 0, flags)
     body += _address(SPACE_IO, 8, 1, board.RESET_CONTROL) + struct.pack("<BHB", board.RESET_VALUE, 0, 0)
@@ -113,7 +115,7 @@ def _fadt(facs: int, dsdt: int, boot: int) -> bytes:
     body += _address(SPACE_IO, 32, 2, board.PM1A_EVENT) + absent
     body += _address(SPACE_IO, 16, 2, board.PM1A_CONTROL) + absent
     body += absent + _address(SPACE_IO, 32, 3, board.PM_TIMER)
-    body += absent * 4
+    body += _address(SPACE_IO, 16, 1, board.GPE0) + absent * 3
     return _table(b"FACP", 5, body)
 
 
@@ -156,7 +158,20 @@ def _routes(name: str, apic: bool) -> bytes:
     return aml.name(name, aml.package(*routes))
 
 
-def _dsdt(apic_ids: list[int], uarts: int, extra: Sequence[IsaDevice]) -> bytes:
+def _generation(address: int) -> bytes:
+    """The device that says where the VM generation ID is; event 0 says that it has changed."""
+    identity = aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("NRUT0001")),
+        aml.name("_CID", aml.string(GENERATION_CID)),
+        aml.name("_DDN", aml.string(GENERATION_CID)),
+        aml.name("ADDR", aml.package(aml.integer(address & 0xFFFF_FFFF), aml.integer(address >> 32))),
+    )
+    changed = aml.method("_E00", 0, aml.notify(aml.name_string("\\_SB.VGEN"), 0x80))
+    return aml.scope("\\_SB", identity) + aml.scope("\\_GPE", changed)
+
+
+def _dsdt(apic_ids: list[int], uarts: int, extra: Sequence[IsaDevice], generation: int | None) -> bytes:
     processors = [
         aml.device(f"C{uid:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(uid)))
         for uid in range(len(apic_ids))
@@ -201,12 +216,14 @@ def _dsdt(apic_ids: list[int], uarts: int, extra: Sequence[IsaDevice]) -> bytes:
         aml.device("ISA", aml.name("_ADR", aml.integer(1 << 16)), *isa),
     )
     # What no driver may claim: the fixed ACPI hardware and the agent channel.
-    reserved = _isa_device("RSVD", "PNP0C02", aml.io_port(board.PM1A_EVENT, 12), aml.io_port(board.AGENT, 12), uid=0)
+    reserved = _isa_device("RSVD", "PNP0C02", aml.io_port(board.PM1A_EVENT, 14), aml.io_port(board.AGENT, 12), uid=0)
     sleep = aml.package(aml.integer(S5), aml.integer(0), aml.integer(0), aml.integer(0))
     model = aml.name("\\PICM", aml.integer(0)) + aml.method(
         "\\_PIC", 1, aml.store(aml.argument(0), aml.name_string("\\PICM"))
     )
     body = model + aml.scope("\\_SB", *processors, bridge, reserved) + aml.name("\\_S5", sleep)
+    if generation is not None:
+        body += _generation(generation)
     return _table(b"DSDT", 2, body)
 
 
@@ -218,30 +235,33 @@ def build_tables(
     has_vga: bool = False,
     has_8042: bool = False,
     has_rtc: bool = True,
+    generation: int | None = None,
 ) -> AcpiTables:
     """
     Tables for vCPUs with these APIC ids.
 
     ``extra``: further devices to name. ``has_vga``, ``has_8042`` and ``has_rtc`` let systems look for those without
-    names; where there are neither VGA nor RTC, Linux takes a Xen domain for PVH.
+    names; where there are neither VGA nor RTC, Linux takes a Xen domain for PVH. ``generation``: where the VM
+    generation ID is.
     ValueError if the tables do not fit below 1 MiB.
     """
     boot = BOOT_LEGACY_DEVICES | BOOT_NO_ASPM
     boot |= (0 if has_vga else BOOT_NO_VGA) | (BOOT_8042 if has_8042 else 0) | (0 if has_rtc else BOOT_NO_CMOS_RTC)
     place = FIRMWARE_START + ALIGNMENT
+    end = FIRMWARE_END if generation is None else min(FIRMWARE_END, generation)
     tables: dict[str, tuple[int, bytes]] = {}
 
     def put(table: bytes) -> int:
         nonlocal place
         address = place
         place = (place + len(table) + ALIGNMENT - 1) & ~(ALIGNMENT - 1)
-        if place > FIRMWARE_END:
+        if place > end:
             raise ValueError(f"the ACPI tables of {len(apic_ids)} vCPUs do not fit below 1 MiB")
         tables[table[:4].decode()] = (address, table)
         return address
 
     facs = put(_facs())
-    dsdt = put(_dsdt(apic_ids, uarts, extra))
+    dsdt = put(_dsdt(apic_ids, uarts, extra, generation))
     entries = [put(_fadt(facs, dsdt, boot)), put(_madt(apic_ids, ioapic_id))]
     xsdt = put(_table(b"XSDT", 1, struct.pack(f"<{len(entries)}Q", *entries)))
     rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0))

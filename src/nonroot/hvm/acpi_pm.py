@@ -1,4 +1,4 @@
-"""ACPI power management: PM1 event and control blocks, the PM timer, S5 power-off and the power button.
+"""ACPI power management: PM1 event and control blocks, the PM timer, S5 power-off, the power button, and one GPE block.
 
 The FADT (:mod:`nonroot.hvm.acpi`) gives these blocks' ports, their lengths and the timer's width; they must match.
 Source: ACPI specification 6.5, chapter 4.8.
@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine, StateRecord, expect, u16, u64
+from nonroot.hvm.device import NO_EVENTS, Clock, Events, IrqLine, StateRecord, expect, u8, u16, u64
 
-__all__ = ["PM_TIMER_HZ", "AcpiPm", "AcpiPmState"]
+__all__ = ["GPE_GENERATION", "PM_TIMER_HZ", "AcpiPm", "AcpiPmState"]
 
 # Device offsets; the machine maps 0x600 here.
 PM1_STS: Final = 0x00
 PM1_EN: Final = 0x02
 PM1_CNT: Final = 0x04
 PM_TMR: Final = 0x08
-LENGTH: Final = 0x0C
+GPE0_STS: Final = 0x0C
+GPE0_EN: Final = 0x0D
+LENGTH: Final = 0x0E
 
 PM_TIMER_HZ: Final = 3_579_545
 SECOND: Final = 1_000_000_000
@@ -36,6 +38,10 @@ SLP_EN: Final = 1 << 13
 CONTROL_BITS: Final = 0b0001_1100_0000_0011
 """SCI_EN, BM_RLD and SLP_TYP keep what is written; SLP_EN and GBL_RLS read as zero."""
 
+GPE_GENERATION: Final = 1 << 0
+"""General-purpose event 0: the VM generation ID has changed."""
+GPE_BITS: Final = GPE_GENERATION
+
 S5: Final = 5
 """SLP_TYP of soft-off; the DSDT's \\_S5 says the same."""
 
@@ -45,11 +51,14 @@ class AcpiPmState(StateRecord):
     """PM1 registers; the timer is a function of machine time and has no state but the last half-period seen."""
 
     NAME: ClassVar[str] = "acpi-pm"
+    VERSION: ClassVar[int] = 2
 
     status: int = u16(maximum=STATUS_BITS)
     enable: int = u16(maximum=ENABLE_BITS)
     control: int = u16(default=SCI_EN, maximum=CONTROL_BITS)
     half_period: int = u64()
+    gpe_status: int = u8(maximum=GPE_BITS)
+    gpe_enable: int = u8(maximum=GPE_BITS)
 
 
 class AcpiPm:
@@ -67,6 +76,7 @@ class AcpiPm:
         self._enable = 0
         self._control = SCI_EN
         self._half_period = self._ticks() >> 31
+        self._gpe_status = self._gpe_enable = 0
 
     def reset(self) -> None:
         """Power-on state; the timer goes on."""
@@ -77,11 +87,18 @@ class AcpiPm:
         self._status |= PWRBTN
         self._update()
 
+    def raise_event(self, bit: int) -> None:
+        """A general-purpose event (``GPE_…``): an SCI if the guest has enabled it."""
+        self._gpe_status |= bit & GPE_BITS
+        self._update()
+
     def read(self, offset: int, size: int) -> int:
         """Registers by their ACPI sizes or in bytes; reserved ones read as zero."""
         if offset == PM_TMR and size == 4:
             return self._ticks() & 0xFFFF_FFFF
-        if PM_TMR <= offset < LENGTH:
+        if offset >= GPE0_STS:
+            return (self._gpe_status | self._gpe_enable << 8) >> 8 * (offset - GPE0_STS) & (1 << 8 * size) - 1
+        if offset >= PM_TMR:
             return self._ticks() >> 8 * (offset - PM_TMR) & (1 << 8 * size) - 1
         if offset >= PM1_CNT + 4:
             self._events(self.name, "unknown-register", offset)
@@ -98,6 +115,12 @@ class AcpiPm:
         self._update()
 
     def _write_byte(self, offset: int, value: int) -> None:
+        if offset >= GPE0_STS:
+            if offset == GPE0_STS:
+                self._gpe_status &= ~value
+            else:
+                self._gpe_enable = value & GPE_BITS
+            return
         register, shift = offset & ~1, 8 * (offset & 1)
         value <<= shift
         if register == PM1_STS:
@@ -134,7 +157,9 @@ class AcpiPm:
 
     def state(self) -> AcpiPmState:
         """PM1 registers."""
-        return AcpiPmState(self._status, self._enable, self._control, self._half_period)
+        return AcpiPmState(
+            self._status, self._enable, self._control, self._half_period, self._gpe_status, self._gpe_enable
+        )
 
     def from_state(self, state: StateRecord) -> None:
         """Check, then apply; drives the SCI."""
@@ -145,11 +170,12 @@ class AcpiPm:
         self._enable = state.enable & ENABLE_BITS
         self._control = state.control & CONTROL_BITS | SCI_EN
         self._half_period = state.half_period
+        self._gpe_status, self._gpe_enable = state.gpe_status, state.gpe_enable
         self._update()
 
     def _ticks(self) -> int:
         return self._clock.now_ns() * PM_TIMER_HZ // SECOND
 
     def _update(self) -> None:
-        self._irq(bool(self._status & self._enable))
+        self._irq(bool(self._status & self._enable | self._gpe_status & self._gpe_enable))
         self._clock.rearm()

@@ -19,6 +19,7 @@ __all__ = [
     "method",
     "name",
     "name_string",
+    "notify",
     "package",
     "resources",
     "return_value",
@@ -38,6 +39,7 @@ PACKAGE_OP: Final = b"\x12"
 METHOD_OP: Final = b"\x14"
 ARGUMENT_OP: Final = 0x68
 STORE_OP: Final = b"\x70"
+NOTIFY_OP: Final = b"\x86"
 IF_OP: Final = b"\xa0"
 RETURN_OP: Final = b"\xa4"
 DEVICE_OP: Final = b"\x5b\x82"
@@ -156,6 +158,11 @@ def store(source: bytes, target: bytes) -> bytes:
 def if_then(condition: bytes, *terms: bytes) -> bytes:
     """Terms that are executed if the condition is not zero."""
     return IF_OP + _with_length(condition + b"".join(terms))
+
+
+def notify(target: bytes, value: int) -> bytes:
+    """Tell the driver of a device (``target`` by :func:`name_string`) that something has changed."""
+    return NOTIFY_OP + target + integer(value)
 
 
 def return_value(value: bytes) -> bytes:

@@ -18,6 +18,8 @@ FIRMWARE_DEBUG: Final = 0x402
 PM1A_EVENT: Final = 0x600
 PM1A_CONTROL: Final = 0x604
 PM_TIMER: Final = 0x608
+GPE0: Final = 0x60C
+"""Status and enable register of the general-purpose events, a byte each."""
 AGENT: Final = 0x6E0
 PCI_CONFIG: Final = 0xCF8
 RESET_CONTROL: Final = 0xCF9

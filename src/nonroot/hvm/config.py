@@ -42,6 +42,8 @@ class MachineConfig:
     virtual_time: tuple[int, int] | None = None
     """Time as a function of retired instructions: (numerator, denominator) ns each. None: real time."""
     random_seed: int = 0
+    generation_id: bytes = bytes(16)
+    """The VM generation ID at power-on: 16 bytes that no other machine has."""
     """Where RDRAND starts in virtual time; in real time it is the host's."""
     engine_off: frozenset[str] = field(default_factory=frozenset)
     """Optimisations of the engine to switch off."""

@@ -18,8 +18,8 @@ from nonroot.engines.protocol import Engine, EngineOptions, Vcpu
 from nonroot.errors import BadOptionError
 from nonroot.hvm import board
 from nonroot.hvm.acpi import AcpiTables, build_tables
+from nonroot.hvm.acpi_pm import GPE_GENERATION, AcpiPm
 from nonroot.hvm.acpi_pm import LENGTH as ACPI_PM_LENGTH
-from nonroot.hvm.acpi_pm import AcpiPm
 from nonroot.hvm.agent_port import CAPACITY as AGENT_CAPACITY
 from nonroot.hvm.agent_port import LENGTH as AGENT_LENGTH
 from nonroot.hvm.agent_port import AgentPort
@@ -38,7 +38,7 @@ from nonroot.hvm.i8042 import DATA as I8042_DATA
 from nonroot.hvm.i8042 import I8042
 from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter, create_pit
-from nonroot.hvm.memory_map import FIRMWARE_START, IOAPIC_BASE, MemoryMap
+from nonroot.hvm.memory_map import FIRMWARE_END, FIRMWARE_START, IOAPIC_BASE, MemoryMap
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pc import POWER_SLOT, Board, TimedPart
 from nonroot.hvm.pci import PciHost
@@ -69,6 +69,8 @@ DOORBELL_TIMEOUT_NS: Final = 1000
 DOORBELL: Final = b"\x07"
 LONGEST_SLEEP_NS: Final = 10_000_000
 """How long a vCPU that waits in a hypercall is not asked whether it would rather go on."""
+GENERATION_ID: Final = FIRMWARE_END - 0x1000
+"""Where the VM generation ID is, in memory that the guest's system keeps away from."""
 EVENTS_KEPT: Final = 1024
 """Different (device, event) pairs that are counted."""
 
@@ -273,7 +275,20 @@ class Machine:
         parts = self.board
         # A kernel that another one starts (GRUB's) sees by the tables alone that this is a PVH domain of Xen's.
         has_rtc = not self._is_pvh
-        return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042, has_rtc)
+        generation = GENERATION_ID if config.firmware is None else None
+        return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042, has_rtc, generation)
+
+    def renew_generation(self, identity: bytes) -> None:
+        """Tell the guest that it goes on from a copy of its state: another VM generation ID, of 16 bytes. Any thread.
+
+        Nothing happens if the guest was started by firmware: it knows no place for it.
+        """
+        if self.protocol != "bios":
+            self.post(lambda: self._set_generation(identity))
+
+    def _set_generation(self, identity: bytes) -> None:
+        self.memory.write(GENERATION_ID, identity)
+        self.acpi_pm.raise_event(GPE_GENERATION)
 
     @property
     def _is_pvh(self) -> bool:
@@ -284,6 +299,7 @@ class Machine:
         """Without firmware, its work is ours: tables in memory, what drives there are, routes of the PCI interrupts."""
         for address, data in self._acpi(config).image():
             self.memory.write(address, data)
+        self.memory.write(GENERATION_ID, config.generation_id)
         self.rtc.preset(self.board.cmos)
         self.pci.set_routes(FIRMWARE_ROUTES)
         self.pic.write(SLAVE_ELCR, 1, sum(1 << irq - 8 for irq in set(FIRMWARE_ROUTES)))
