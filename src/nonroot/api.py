@@ -216,6 +216,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         self._kept = kept
         self._keep_at: Path | None = None
         self._fork_of: Sequence[int] = ()
+        self._ahead: DomainClient | None = None
+        self._ahead_lock = threading.Lock()
         self.origin = "fresh"
         """``fresh``; ``kept`` if it goes on from a boot that was kept, ``saved``: from a file; ``fork``."""
         has_drives = bool(self._options.disks or self._options.cdroms or self._options.floppies)
@@ -331,7 +333,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
     @classmethod
     def boot(cls, **options: Any) -> Self:
         """
-        A started domain that is ready for commands, to be forked. It goes on from a boot that was kept, if there is one.
+        A started domain that is ready for commands, to be forked; it goes on from a boot that was kept if there is one.
 
             with Domain.boot(memory="256M") as base:
                 children = base.fork(100)
@@ -391,7 +393,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         new = [self._new_fork() for _ in range(1 if count is None else count)]
         with contextlib.suppress(TransientError):  # starting says so
             for child in new[: os.cpu_count()]:
-                child._client.spawn()  # meanwhile
+                if not child._client.pid:
+                    child._client.spawn()  # meanwhile
         children: list[Self] = []
         files: list[int] = []
         try:
@@ -410,10 +413,44 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         finally:
             for file in files:
                 os.close(file)
+        threading.Thread(
+            target=self._prepare_fork, args=(pending.wait(),), name="nonroot-fork-ahead", daemon=True
+        ).start()
         return children[0] if count is None else children
+
+    def _prepare_fork(self, recipe: dict[str, Any]) -> None:
+        """Whoever has forked once may do it again: have a process that has built the next one's machine."""
+        if not recipe or not self._ahead_lock.acquire(blocking=False):
+            return
+        try:
+            if self._ahead is None and self._client.alive:
+                client = DomainClient()
+                client.spawn()
+                client.submit("prepare", recipe)
+                self._ahead = client
+            if not self._client.alive:
+                self._end_ahead()
+        except NonrootError:
+            pass  # the next fork starts its own
+        finally:
+            self._ahead_lock.release()
+
+    def _end_ahead(self) -> None:
+        client, self._ahead = self._ahead, None
+        if client is not None:
+            client.close()
 
     def _new_fork(self) -> Self:
         options = self._options
+        child = self._plain_fork(options)
+        client, self._ahead = self._ahead, None
+        if client is not None and client.alive:
+            child._client = client
+        elif client is not None:
+            client.close()
+        return child
+
+    def _plain_fork(self, options: DomainOptions) -> Self:
         return type(self)(
             engine=options.engine,
             off=options.off,
@@ -476,6 +513,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
     def destroy(self) -> None:
         """End the domain at once. Safe to call again."""
         self._client.close()
+        self._end_ahead()
         if self._name is not None and self._started:
             registry.sweep(self._name)
         self._close_screen()

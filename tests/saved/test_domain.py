@@ -112,10 +112,18 @@ def test_damaged_files_make_no_domain(saved: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_saved_yet(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
-    with Domain(memory="128M", disks=[image], flavour="cloud-amd64") as domain:
+    with Domain(memory="128M", disks=[f"{image},ide"], flavour="cloud-amd64") as domain:
         domain.wait_ready()
         with pytest.raises(UnsupportedError, match="cannot be saved yet"):
             domain.save(tmp_path / "a.saved")
+
+
+def test_the_cmos_clock_goes_on_while_nothing_runs(saved: Path) -> None:
+    with Domain.restore(saved) as domain:
+        shown = domain.run(["cat", "/sys/class/rtc/rtc0/since_epoch"]).stdout
+    if not shown:
+        pytest.skip("a PVH domain of Xen's has no CMOS clock that Linux uses")
+    assert abs(int(shown) - time.time()) < 3
 
 
 def boots_with(mark: str) -> set[Path]:

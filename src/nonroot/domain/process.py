@@ -68,6 +68,7 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         self._ending = False
         self._options: DomainOptions | None = None
         self._runner: Runner | None = None
+        self._ahead: Runner | None = None
         self._session: AgentSession | None = None
         self._decoder = FrameDecoder()
         self._agent_pieces = 0
@@ -92,8 +93,9 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
             self._close_display()
             if self._pty is not None:
                 self._pty.close()
-            if isinstance(self._runner, Runner):
-                self._runner.close()
+            for runner in (self._runner, self._ahead):
+                if isinstance(runner, Runner):
+                    runner.close()
 
     def _serve(self) -> None:
         while not self._ending:
@@ -211,7 +213,9 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
             records, *options.layers = connection.take_fds(len(options.layers) + 1)
             options.saved = f"{INHERITED}{records}"
         options.check()
-        runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
+        runner = self._built_ahead(options)
+        if runner is None:
+            runner = self._make_runner(options, lambda phase: connection.event("progress", phase=phase))
         self._selector.register(runner.mailbox.fd, selectors.EVENT_READ, lambda events: self._mail())
         options = getattr(runner, "options", options)  # a saved domain's are in its file
         self._options, self._runner = options, runner
@@ -228,6 +232,28 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         self._messages.say(f"boot protocol {description.get('protocol')}: {description.get('protocol_reason')}")
         self._messages.say(f"{options.memory >> 20} MiB of memory, 1 vCPU")
         return description
+
+    def _do_prepare(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
+        """Build the machine of a domain that will go on here: ``options`` and ``protocol`` of a fork's answer."""
+        if self._runner is not None or self._ahead is not None:
+            raise NotRunningError("this process has its domain already")
+        options = DomainOptions.from_wire(dict(params["options"]))
+        self._ahead = Runner(options, lambda phase: None, str(params["protocol"]))
+        return {}
+
+    def _built_ahead(self, options: DomainOptions) -> Any:
+        """The machine that was built ahead, if it is that of the saved domain of ``options``."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        try:
+            if ahead.go_on(options):
+                return ahead
+        except BaseException:
+            ahead.close()
+            raise
+        ahead.close()
+        return None
 
     def _own_facts(self) -> dict[str, Any]:
         xen = getattr(self._runner, "xen", None)

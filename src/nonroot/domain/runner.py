@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -36,6 +37,7 @@ from nonroot.domain.saving import (
     check_can_be_saved,
     fill,
     image,
+    plain_options,
     read_layers,
     read_saved,
     write_fork,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from nonroot.domain.guest_devices import GuestDevices
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.config import Outputs
+    from nonroot.hvm.guest_ram import RamBase
     from nonroot.hvm.machine import Machine
     from nonroot.xen.host import XenHost
 
@@ -71,6 +74,8 @@ MAX_KEYS = 1 << 20
 """Console input beyond this that the guest has not read is dropped."""
 MAX_FILE = 8 << 30
 HELLO = 0x81
+SWITCH_SECONDS = 0.0002
+"""After which one thread of Python's gives way to another, where the other's waiting is what takes time."""
 INHERITED = "/proc/self/fd/"
 _RUN = struct.Struct("<QQIQ")
 
@@ -91,8 +96,13 @@ class Stop:
 class Runner:
     """One machine and the thread that runs it."""
 
-    def __init__(self, options: DomainOptions, progress: Callable[[str], None]) -> None:
-        """Build the machine. BadFileError, BadOptionError and their relatives for what cannot be booted."""
+    def __init__(self, options: DomainOptions, progress: Callable[[str], None], ahead: str | None = None) -> None:
+        """
+        Build the machine. BadFileError, BadOptionError and their relatives for what cannot be booted.
+
+        ``ahead``: the protocol of a domain of such options that is to go on here, and is not known yet: see
+        :meth:`go_on`.
+        """
         from nonroot.engines import select
 
         self.mailbox = Mailbox()
@@ -106,15 +116,20 @@ class Runner:
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
         saved = None if options.saved is None else read_saved(options.saved, options)
-        self.greeting = b"" if saved is None else saved.greeting
+        self.greeting = b""
         """What the agent of a saved domain has said already."""
         if saved is not None:
             self._options = options = saved.options
-        self.xen, self._xen_reason = xen_services(options)
+        self._by_serial: bool | None = None
+        self._command_line = ""
+        self.xen, self._xen_reason = xen_services(options, saved is not None or ahead is not None)
         """The domain's dealings with XenStore, if it is Xen's."""
         options.xen = self.xen is not None
         try:
-            self._machine = self._build(progress) if saved is None else self._rebuild(saved)
+            if ahead is not None:
+                self._machine = self._resumable(ahead, None, 0)
+            else:
+                self._machine = self._build(progress) if saved is None else self._rebuild(saved)
         except BaseException:
             self.close()
             raise
@@ -127,7 +142,6 @@ class Runner:
         self._console = bytearray()
         self._calls: deque[tuple[Callable[[], Any], Answer]] = deque()
         self._to_guest = 0  # bytes handed over to the machine that its queue does not show yet
-        self._by_serial: bool | None = None if saved is None else saved.by_serial
         self._snapshot: tuple[dict[str, bytes], dict[str, Any] | None, tuple[int, int]] | None = None
         self._state = "created"
         self._paused = False
@@ -197,24 +211,79 @@ class Runner:
 
     def _rebuild(self, saved: Saved) -> "Machine":
         """The machine of a saved domain."""
-        from nonroot.domain.guest_devices import GuestDevices
+        check_can_be_saved(self._options, None)
+        base = image(saved)
+        try:
+            machine = self._resumable(saved.protocol, base, self._power_on_ns(saved))
+        finally:
+            if base is not None:
+                base.close()
+        self._fill(machine, saved)
+        return machine
+
+    def _power_on_ns(self, saved: Saved) -> int:
+        """When the domain would have been powered on, had it never stood still: UTC."""
+        return VIRTUAL_BASE_NS if self._options.virtual_time else time.time_ns() - saved.machine_ns
+
+    def go_on(self, options: DomainOptions) -> bool:
+        """
+        For one that was built ``ahead``: have it be the saved domain that ``options`` name.
+
+        False if its machine is another one. BadFileError and its relatives: this one is of no use then.
+        """
+        saved = read_saved(options.saved or "", options)
+        machine = self._machine
+        ignored = ("saved", "kept", "layers", "name", "domid")
+        ours, theirs = self._options.to_wire(), saved.options.to_wire()
+        fits = all(ours[name] == theirs[name] for name in ours if name not in ignored)
+        if not fits or saved.protocol != machine.protocol or not saved.options.layers or saved.devices:
+            return False
+        base = image(saved)
+        assert base is not None
+        try:
+            machine.ram.begin(base)
+        finally:
+            base.close()
+        self._options = saved.options
+        machine.power_on_was(self._power_on_ns(saved))
+        # XenStore, which is mostly waiting, meanwhile.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        failures: list[BaseException] = []
+
+        def store() -> None:
+            try:
+                self._fill_store(machine, saved)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=store, name="nonroot-store")
+        thread.start()
+        try:
+            self._fill_machine(machine, saved)
+        finally:
+            thread.join()
+            sys.setswitchinterval(interval)
+        if failures:
+            raise failures[0]
+        _close_inherited(self._options.saved)
+        return True
+
+    def _resumable(self, protocol: str, base: "RamBase | None", power_on_ns: int) -> "Machine":
+        """A machine of the same parts as that of a saved domain, to be filled."""
         from nonroot.engines import select
         from nonroot.hvm.machine import Machine, MachineConfig
 
         options = self._options
-        check_can_be_saved(options, None)
-        self._command_line = saved.command_line
         self._protocol_reason = "it was saved"
-        base = image(saved)
         self.drives = Drives(options)
         config = MachineConfig(
             memory_bytes=options.memory,
             resumed=True,
-            protocol=saved.protocol,
+            protocol=protocol,
             attach=pc.attachments(options),
             reboot=False,
-            cmdline=saved.command_line,
-            base_wall_ns=VIRTUAL_BASE_NS if options.virtual_time else time.time_ns() - saved.machine_ns,
+            base_wall_ns=power_on_ns,
             agent=options.agent and options.agent_ports,
             scramble_seed=options.scramble_seed,
             virtual_time=VIRTUAL_TIME if options.virtual_time else None,
@@ -223,16 +292,32 @@ class Runner:
             ram_base=base,
             xen=None if self.xen is None else XenConfig(domid=self.xen.domid),
         )
-        try:
-            machine = Machine(config, select.create(self._choice.engine), self._outputs())
-        finally:
-            if base is not None:
-                base.close()
+        machine = Machine(config, select.create(self._choice.engine), self._outputs())
+        if self.xen is not None and machine.xen is not None:
+            self.xen.attach(machine.xen)
+        return machine
+
+    def _fill(self, machine: "Machine", saved: Saved) -> None:
+        """Have a machine go on as a saved domain."""
+        self._fill_machine(machine, saved)
+        self._fill_store(machine, saved)
+        _close_inherited(self._options.saved)
+
+    def _fill_machine(self, machine: "Machine", saved: Saved) -> None:
+        options = self._options
+        self._command_line, self._by_serial, self.greeting = saved.command_line, saved.by_serial, saved.greeting
         if (self.xen is None) != (saved.store is None):
             raise BadFileError(f"{saved.path} cannot be restored: its guest needs Xen, or cannot do with it")
         fill(machine, saved)
+        if not options.virtual_time:
+            machine.rtc.skip((time.time_ns() - saved.wall_ns) // 1_000_000_000)
+
+    def _fill_store(self, machine: "Machine", saved: Saved) -> None:
+        """Nodes, watches, and devices, whose rings have been restored if there are any."""
+        from nonroot.domain.guest_devices import GuestDevices
+
+        options = self._options
         if self.xen is not None and machine.xen is not None and saved.store is not None:
-            self.xen.attach(machine.xen)
             devices = GuestDevices(machine.xen, options.name, lambda: self._in_machine(machine.ram.share))
             self.guest_devices = devices
             try:
@@ -244,8 +329,6 @@ class Runner:
                 raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
         elif saved.devices:
             raise BadFileError(f"{saved.path} cannot be restored: its devices need Xen")
-        _close_inherited(options.saved)
-        return machine
 
     def _in_machine(self, action: Callable[[], object]) -> None:
         """Have something done in the vCPU's thread, and wait for it. NonrootError that it raises. Not in the loop."""
@@ -335,6 +418,12 @@ class Runner:
                 raise
             return [file]
         return write_fork(self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen)
+
+    def recipe(self) -> dict[str, Any]:
+        """What a process needs to build the machine of this domain's next fork ahead; empty if it cannot."""
+        if self.guest_devices is not None and self.guest_devices.any:
+            return {}
+        return {"options": plain_options(self._options), "protocol": self._machine.protocol}
 
     def snapshot(self) -> dict[str, Any]:
         """Remember this state, instead of an earlier one; the vCPU stands, and this is its thread."""
@@ -718,8 +807,8 @@ def guest_setup(options: DomainOptions) -> GuestSetup | None:
     return setup if setup.wanted else None
 
 
-def xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
-    """None, and why not."""
+def xen_services(options: DomainOptions, resumed: bool = False) -> tuple["XenServices | None", str]:
+    """None, and why not. ``resumed``: of a domain that was saved."""
     if options.xen is False:
         return None, "it was not asked for"
     from nonroot.domain.xen import XenServices
@@ -727,7 +816,6 @@ def xen_services(options: DomainOptions) -> tuple["XenServices | None", str]:
 
     try:
         domid = options.domid or allocate_domid()
-        resumed = options.saved is not None
         return XenServices(XenStore(), options.memory, options.name or None, domid, resumed=resumed), "it can be had"
     except NonrootError as error:
         if options.xen:

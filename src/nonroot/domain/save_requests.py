@@ -73,10 +73,10 @@ class SaveRequests:
         raise NotImplementedError
 
     def _do_fork(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
-        """Two descriptors that a fork of the domain is made from: its records, and its RAM."""
+        """Descriptors that a fork of the domain is made from: its records, and its RAM; for ``prepare``, what it is."""
         greeting = self._check(forking=True)
         runner = self._need()
-        self._standing(connection, request, lambda: runner.fork(greeting), lambda fds: ({}, fds))
+        self._standing(connection, request, lambda: runner.fork(greeting), lambda fds: (runner.recipe(), fds))
 
     def _do_snapshot(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> None:
         """Remember the domain's state."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,17 @@ if TYPE_CHECKING:
     from nonroot.domain.xen import XenServices
     from nonroot.hvm.machine import Machine
 
-__all__ = ["Saved", "check_can_be_saved", "fill", "image", "read_layers", "read_saved", "write_fork", "write_saved"]
+__all__ = [
+    "Saved",
+    "check_can_be_saved",
+    "fill",
+    "image",
+    "plain_options",
+    "read_layers",
+    "read_saved",
+    "write_fork",
+    "write_saved",
+]
 
 RECORD: Final = "domain"
 TOOLSTACK: Final = "toolstack"
@@ -54,6 +65,8 @@ class Saved:
     """See :func:`cpu_digest`."""
     machine_ns: int
     """Machine time at which it was saved."""
+    wall_ns: int
+    """UTC at which it was saved."""
     greeting: bytes
     """The agent's; empty if it has none."""
     by_serial: bool | None
@@ -150,6 +163,11 @@ def write_fork(
     return [described, *(file for file, _ in base.layers)]
 
 
+def plain_options(options: DomainOptions) -> dict[str, Any]:
+    """Such that the same machine comes of them, whatever this one goes on from."""
+    return options.to_wire() | {"saved": None, "kept": False, "layers": []}
+
+
 def _facts(
     machine: "Machine",
     options: DomainOptions,
@@ -159,11 +177,12 @@ def _facts(
     xen: "XenServices | None",
 ) -> dict[str, Any]:
     return {
-        "options": options.to_wire() | {"saved": None, "kept": False, "layers": []},
+        "options": plain_options(options),
         "protocol": machine.protocol,
         "command_line": command_line,
         "cpu": cpu_digest(machine.policy),
         "machine_ns": machine.vcpu.now_ns(),
+        "wall_ns": time.time_ns(),
         "greeting": greeting.hex(),
         "by_serial": by_serial,
         "store": None if xen is None else xen.saved(),
@@ -211,6 +230,7 @@ def read_saved(path: str, asked: DomainOptions) -> Saved:
             fields.text("command_line"),
             fields.text("cpu", 64),
             fields.number("machine_ns", (1 << 63) - 1),
+            fields.number("wall_ns", (1 << 63) - 1),
             fields.data("greeting", 1 << 16),
             by_serial,
             None if record.get("store") is None else fields.inner("store"),

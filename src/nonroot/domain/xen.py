@@ -20,7 +20,7 @@ from nonroot.hvm.device import StateError
 from nonroot.saved.fields import Fields
 from nonroot.xen.config import LAST_DOMID
 from nonroot.xen.host import STORE_GFN, XenHost
-from nonroot.xenstore.client import Request, Requests, XenStore, asking, permitting, texts, writing
+from nonroot.xenstore.client import Request, Requests, Watch, XenStore, asking, permitting, texts, writing
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
 from nonroot.xenstore.relay import Relay
 from nonroot.xenstore.wire import Kind
@@ -201,6 +201,8 @@ class XenServices:
         self._closed = False
         self._own_changes = 0
         self._former: list[int] = []
+        self._watch: Watch | None = None
+        self._nodes: list[list[str]] = []  # as they were when that had last fired
         self._name = name or f"domain{self.domid}"
         if not resumed:
             self._fill(self._name, memory)
@@ -219,8 +221,7 @@ class XenServices:
         link = self._link
         if link is None or not link.idle:
             raise TransientError("the guest is in the middle of a request to XenStore", again=True)
-        nodes: list[list[str]] = []
-        self._collect(nodes)
+        nodes = self._all_nodes()
         watches, begun = link.saved()
         return {
             "domid": self.domid,
@@ -230,11 +231,12 @@ class XenServices:
             "begun": begun.hex(),
         }
 
-    def resume(self, record: Fields, devices: Callable[[], object] = lambda: None) -> None:
+    def resume(self, record: Fields, devices: Callable[[], object] = lambda: None, revert: bool = False) -> None:
         """
         Have the nodes and watches that :meth:`saved` found, under this domain's number. StateError.
 
         The guest may go on to use the numbers that it had before. ``devices``: called between nodes and watches.
+        ``revert``: there are nodes already.
         """
         old, former = record.number("domid", LAST_DOMID), record.numbers("former", LAST_DOMID)
         fields = record.texts("nodes")
@@ -244,21 +246,21 @@ class XenServices:
         try:
             watches = [bytes.fromhex(watch) for watch in record.texts("watches")]
             values = [bytes.fromhex(value) for value in fields[1::3]]
-            for attempt in self.store.transaction():
-                with attempt as t:
-                    kilobytes = str(self._memory >> 10)
-                    requests = [
-                        writing(f"{self.home}/{path}", text)
-                        for path, text in zip(HOSTS_NODES, (self._name, str(self.domid), "", kilobytes), strict=True)
-                    ]
-                    for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
-                        if path in HOSTS_NODES or path.startswith("/"):
-                            continue
-                        node = f"{self.home}/{path}" if path else self.home
-                        if path:
-                            requests.append(writing(node, self._renamed(value, old)))
-                        requests.append(permitting(node, [_for(p, old, self.domid) for p in permissions.split()]))
-                    t.do_all(requests)
+            own = (self._name, str(self.domid), "", str(self._memory >> 10))
+            requests = []
+            whose: dict[str, str] = {}
+            for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
+                if path.startswith("/"):
+                    continue
+                whose[path] = permissions
+                node = f"{self.home}/{path}" if path else self.home
+                if path and path not in HOSTS_NODES:
+                    requests.append(writing(node, self._renamed(value, old)))
+                # A new node has its parent's.
+                if revert or not path or whose.get(path.rpartition("/")[0]) != permissions:
+                    requests.append(permitting(node, [_for(p, old, self.domid) for p in permissions.split()]))
+            requests += [writing(f"{self.home}/{path}", text) for path, text in zip(HOSTS_NODES, own, strict=True)]
+            self.store.do_all(requests)  # nobody looks: a transaction would be time for nothing
         except (ValueError, XenStoreError) as error:
             raise StateError(f"XenStore state: {error}") from None
         devices()
@@ -284,7 +286,7 @@ class XenServices:
         for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
             if path not in HOSTS_NODES:
                 self.store.rm(f"{self.home}/{path}")
-        self.resume(record)
+        self.resume(record, revert=True)
 
     def changes(self) -> tuple[int, int]:
         """Numbers that grow with what the guest and we may have changed."""
@@ -296,6 +298,19 @@ class XenServices:
             if value == old or value.startswith((old + b"/", old + b"\0")):
                 return new + value[len(old) :]
         return value
+
+    def _all_nodes(self) -> list[list[str]]:
+        """What :meth:`_collect` finds; nothing is asked again while nothing has changed, which a watch tells."""
+        if self._watch is None:
+            self._watch = self.store.watch(self.home)
+        else:
+            self.store.read(f"{self.home}/domid")  # what has fired before comes before the answer
+        if self._watch.fired or not self._nodes:
+            self._watch.fired.clear()
+            nodes: list[list[str]] = []
+            self._collect(nodes)
+            self._nodes = nodes
+        return self._nodes
 
     def _collect(self, nodes: list[list[str]]) -> None:
         """All nodes, parents before their children: path, value and permissions."""

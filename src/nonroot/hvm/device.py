@@ -9,7 +9,7 @@ Guest input never raises out of a device: an unknown register reads as a documen
 
 import struct
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, runtime_checkable
 
 __all__ = [
@@ -87,13 +87,23 @@ class StateRecord:
     VERSION: ClassVar[int] = 1
     _HEADER: ClassVar[struct.Struct] = struct.Struct("<8sHHI")
     _body: ClassVar[struct.Struct | None] = None
+    _fields: "ClassVar[tuple[Field[Any], ...] | None]" = None
+
+    @classmethod
+    def _parts(cls) -> "tuple[Field[Any], ...]":
+        """The record's fields; found once."""
+        parts = cls.__dict__.get("_fields")
+        if parts is None:
+            parts = cls._fields = fields(cls)  # type: ignore[arg-type]
+        assert isinstance(parts, tuple)
+        return parts
 
     @classmethod
     def layout(cls) -> struct.Struct:
         """The layout of the record's body."""
         body = cls.__dict__.get("_body")
         if body is None:
-            body = struct.Struct("<" + "".join(f.metadata["code"] for f in fields(cls)))  # type: ignore[arg-type]
+            body = struct.Struct("<" + "".join(f.metadata["code"] for f in cls._parts()))
             cls._body = body
         assert isinstance(body, struct.Struct)
         return body
@@ -105,7 +115,7 @@ class StateRecord:
 
     def check(self) -> None:
         """Raise StateError naming the first field that is out of range, or inconsistent with the others."""
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in self._parts():
             value = getattr(self, f.name)
             problem = _problem(value, f.metadata)
             if problem:
@@ -119,7 +129,7 @@ class StateRecord:
         """The record as bytes. StateError if a field is out of range."""
         self.check()
         values: list[int | bytes] = []
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in self._parts():
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
             if kind == "array":
@@ -147,7 +157,7 @@ class StateRecord:
             raise StateError(f"{cls.NAME} state: {len(data)} bytes where {cls.size()} were expected")
         values = iter(layout.unpack_from(data, header.size))
         arguments: dict[str, Any] = {}
-        for f in fields(cls):  # type: ignore[arg-type]
+        for f in cls._parts():
             kind = f.metadata["kind"]
             if kind == "array":
                 arguments[f.name] = tuple(next(values) for _ in range(f.metadata["length"]))

@@ -130,6 +130,18 @@ class GuestRam:
         """Whether others cannot see it."""
         return self._base is not None
 
+    def begin(self, base: RamBase) -> None:
+        """Be private over ``base``, whatever was there before. OutOfMemoryError."""
+        try:
+            base.map(self._memory)
+        except OSError as error:
+            raise OutOfMemoryError(f"the host cannot map the memory: {error.strerror}") from None
+        old, self._base = self._base, base.copy()
+        if old is not None:
+            old.close()
+        self._show(base.layers[0][0])
+        self.on_change()
+
     def share(self) -> None:
         """Have it in a file of its own, ``files[0]``. Nothing happens if it is. OutOfMemoryError."""
         base = self._base

@@ -278,6 +278,11 @@ class Machine:
         generation = GENERATION_ID if config.firmware is None else None
         return build_tables([0], config.uarts, 1, parts.isa_devices, parts.has_vga, parts.has_8042, has_rtc, generation)
 
+    def power_on_was(self, wall_ns: int) -> None:
+        """UTC when machine time was 0, of a machine that is about to go on as a saved one."""
+        if self.xen is not None:
+            self.xen.shared.wall_ns = wall_ns
+
     def renew_generation(self, identity: bytes) -> None:
         """Tell the guest that it goes on from a copy of its state: another VM generation ID, of 16 bytes. Any thread.
 

@@ -179,6 +179,11 @@ class Rtc:
         for register, value in registers.items():
             self._nvram[register] = value & 0xFF
 
+    def skip(self, seconds: int) -> None:
+        """So much time has gone by in which the machine stood still; alarms in between are missed, as with no power."""
+        self._epoch = max(-_BIG, min(_BIG, self._epoch + seconds))
+        self._clock.rearm()
+
     def reset(self) -> None:
         """The RESET pin: interrupts are disabled and their flags cleared; the battery keeps the rest."""
         self._reg_b &= ~(B_PERIODIC | B_ALARM | B_UPDATE)

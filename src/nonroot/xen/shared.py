@@ -33,7 +33,8 @@ class SharedInfo:
         self._page = physmap.own(SHARED_INFO)
         self._vcpus = vcpus
         self._scale = tsc_scale(tsc_khz)
-        self._wall_ns = wall_ns
+        self.wall_ns = wall_ns
+        """Written at the next :meth:`refresh`."""
         self._infos: list[Place | None] = []
         self._registered: set[int] = set()
         self.reset()
@@ -65,7 +66,7 @@ class SharedInfo:
         for info in self._infos:
             if info is not None:
                 self._words.store_bytes(info.plus(TIME), self.time_record())
-        seconds, nanoseconds = divmod(self._wall_ns, SECOND)
+        seconds, nanoseconds = divmod(self.wall_ns, SECOND)
         clock, high = self._page.plus(self.abi.wall_clock), self._page.plus(self.abi.wall_clock_high)
         before = (self._words.load(clock.plus(4)), self._words.load(clock.plus(8)), self._words.load(high))
         if before == (seconds & 0xFFFF_FFFF, nanoseconds, seconds >> 32):
