@@ -150,7 +150,9 @@ class VcpuState:
 
     def check(self) -> Self:
         """The state itself. StateError if no vCPU can be in it."""
-        _check(self)
+        if "_checked" not in self.__dict__:
+            _check(self)
+            object.__setattr__(self, "_checked", True)  # it does not change
         return self
 
     def to_raw(self) -> dict[str, Any]:
@@ -177,7 +179,7 @@ class VcpuState:
 
     def to_bytes(self) -> bytes:
         """The versioned record: fixed part, then MSRs, messages and the local APIC's record."""
-        _check(self)
+        self.check()
         flat: list[int] = [*self.gpr, self.rip, self.rflags]
         for s in self.segments:
             flat += [s.selector, s.base, s.limit, s.access]

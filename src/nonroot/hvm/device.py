@@ -90,7 +90,7 @@ class StateRecord:
     _fields: "ClassVar[tuple[Field[Any], ...] | None]" = None
 
     @classmethod
-    def _parts(cls) -> "tuple[Field[Any], ...]":
+    def parts(cls) -> "tuple[Field[Any], ...]":
         """The record's fields; found once."""
         parts = cls.__dict__.get("_fields")
         if parts is None:
@@ -103,7 +103,7 @@ class StateRecord:
         """The layout of the record's body."""
         body = cls.__dict__.get("_body")
         if body is None:
-            body = struct.Struct("<" + "".join(f.metadata["code"] for f in cls._parts()))
+            body = struct.Struct("<" + "".join(f.metadata["code"] for f in cls.parts()))
             cls._body = body
         assert isinstance(body, struct.Struct)
         return body
@@ -115,7 +115,7 @@ class StateRecord:
 
     def check(self) -> None:
         """Raise StateError naming the first field that is out of range, or inconsistent with the others."""
-        for f in self._parts():
+        for f in self.parts():
             value = getattr(self, f.name)
             problem = _problem(value, f.metadata)
             if problem:
@@ -129,7 +129,7 @@ class StateRecord:
         """The record as bytes. StateError if a field is out of range."""
         self.check()
         values: list[int | bytes] = []
-        for f in self._parts():
+        for f in self.parts():
             value = getattr(self, f.name)
             kind = f.metadata["kind"]
             if kind == "array":
@@ -157,7 +157,7 @@ class StateRecord:
             raise StateError(f"{cls.NAME} state: {len(data)} bytes where {cls.size()} were expected")
         values = iter(layout.unpack_from(data, header.size))
         arguments: dict[str, Any] = {}
-        for f in cls._parts():
+        for f in cls.parts():
             kind = f.metadata["kind"]
             if kind == "array":
                 arguments[f.name] = tuple(next(values) for _ in range(f.metadata["length"]))
@@ -327,7 +327,7 @@ def capture(kind: type[S], device: object, /, **others: object) -> S:
     Bytes and tuples are copies of what the device changes in place (bytearrays, lists).
     """
     values: dict[str, Any] = {}
-    for f in fields(kind):  # type: ignore[arg-type]
+    for f in kind.parts():
         if f.name in others:
             values[f.name] = others[f.name]
             continue
@@ -339,7 +339,7 @@ def capture(kind: type[S], device: object, /, **others: object) -> S:
 
 def assign(device: object, state: StateRecord, *others: str) -> None:
     """Give ``device`` the attributes that :func:`capture` reads, but for ``others``; with copies of its own."""
-    for f in fields(state):  # type: ignore[arg-type]
+    for f in state.parts():
         if f.name not in others:
             value = getattr(state, f.name)
             what = f.metadata["kind"]

@@ -73,7 +73,8 @@ class ConfigSpace:
 
     def acceptable(self, data: bytes) -> bool:
         """Whether ``data`` differs from the reset values only where the guest may write."""
-        return all((now ^ then) & ~mask == 0 for now, then, mask in zip(data, self._reset, self._mask, strict=True))
+        now, then, mask = (int.from_bytes(each, "little") for each in (data, self._reset, self._mask))
+        return len(data) == len(self._reset) and (now ^ then) & ~mask == 0
 
 
 def _identity(device: int, class_code: int, header_type: int) -> dict[int, tuple[int, int]]:

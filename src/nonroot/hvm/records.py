@@ -1,16 +1,24 @@
 """The records of all devices of a machine, and of their memories, by name."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
 
 from nonroot.devices.pci_device import DeviceRam
-from nonroot.hvm.device import Device, StateError
+from nonroot.hvm.device import Device, StateError, StateRecord
 from nonroot.hvm.memory_record import MemoryRecord
 
 __all__ = ["MEMORY_PREFIX", "restore_records", "take_records"]
 
 MEMORY_PREFIX: Final = "memory."
 """Before the name of a memory, which may be that of its device."""
+
+
+@lru_cache(maxsize=64)
+def _parsed(kind: Any, data: bytes) -> StateRecord:
+    """A record; who goes back to a snapshot again and again needs the same ones. Nobody changes them."""
+    record: StateRecord = kind.unpack(data)
+    return record
 
 
 def take_records(devices: Sequence[Device], memories: Mapping[str, DeviceRam]) -> dict[str, bytes]:
@@ -29,7 +37,7 @@ def restore_records(devices: Sequence[Device], memories: Mapping[str, DeviceRam]
     """
     if set(records) != {device.name for device in devices} | {MEMORY_PREFIX + name for name in memories}:
         raise StateError("the records are not those of this machine's devices")
-    parsed = [(device, type(device.state()).unpack(records[device.name])) for device in devices]
+    parsed = [(device, _parsed(type(device.state()), records[device.name])) for device in devices]
     contents = [
         (ram.view, MemoryRecord.unpack(name, ram.size, records[MEMORY_PREFIX + name])) for name, ram in memories.items()
     ]

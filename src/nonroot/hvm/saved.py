@@ -6,6 +6,7 @@ one goes on under another, if the CPU that its guest sees is the same.
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from nonroot.engines.state import StateError as VcpuStateError
@@ -53,7 +54,7 @@ def restore(machine: "Machine", records: Mapping[str, bytes]) -> None:
         raise StateError("the records are not those of this machine")
     facts = Fields(MACHINE, _json(records[MACHINE]))
     try:
-        state = VcpuState.from_bytes(records[VCPU])
+        state = _vcpu_state(records[VCPU])
         machine.vcpu.set_state(state)
         # Their memory, and the machine's time, are there before the devices.
         if machine.xen is not None:
@@ -69,6 +70,12 @@ def restore(machine: "Machine", records: Mapping[str, bytes]) -> None:
         raise StateError(str(error)) from None
     machine.vcpu.flush()
     machine.clock.rearm()
+
+
+@lru_cache(maxsize=4)
+def _vcpu_state(data: bytes) -> VcpuState:
+    """A record; who goes back to a snapshot again and again needs the same one."""
+    return VcpuState.from_bytes(data)
 
 
 def _json(data: bytes) -> Any:
