@@ -37,7 +37,8 @@ def restore_records(devices: Sequence[Device], memories: Mapping[str, DeviceRam]
     """
     if set(records) != {device.name for device in devices} | {MEMORY_PREFIX + name for name in memories}:
         raise StateError("the records are not those of this machine's devices")
-    parsed = [(device, _parsed(type(device.state()), records[device.name])) for device in devices]
+    kinds: list[Any] = [type(device.state()) for device in devices]
+    parsed = [(device, _parsed(kind, records[device.name])) for device, kind in zip(devices, kinds, strict=True)]
     contents = [
         (ram.view, MemoryRecord.unpack(name, ram.size, records[MEMORY_PREFIX + name])) for name, ram in memories.items()
     ]
