@@ -17,12 +17,14 @@ from nonroot.backends.drive import Drive, open_image
 from nonroot.backends.image import Image
 from nonroot.backends.vdev import disk_index, disk_name
 from nonroot.domain.options import DomainOptions
-from nonroot.errors import BadOptionError, UnsupportedError
+from nonroot.errors import BadOptionError, TransientError, UnsupportedError
 
 if TYPE_CHECKING:  # a domain without drives, and the command line, do without the devices
+    from nonroot.backends.overlay import OverlayImage
     from nonroot.backends.service import BlockService
     from nonroot.devices.block import BlockPort
     from nonroot.devices.storage import Storage
+    from nonroot.domain.saved_devices import SavedMedium
     from nonroot.hvm.pc import Board
 
 __all__ = [
@@ -183,8 +185,13 @@ def _drives(options: DomainOptions) -> list[Drive]:
 class Drives:
     """Opens and locks all images when it is made; the loop's thread uses it, except for :meth:`attach`."""
 
-    def __init__(self, options: DomainOptions) -> None:
-        """BadFileError, BadOptionError or UnsupportedError for the first image that cannot be used."""
+    def __init__(self, options: DomainOptions, layers: dict[str, tuple[int, int]] | None = None) -> None:
+        """BadFileError, BadOptionError or UnsupportedError for the first image that cannot be used.
+
+        ``layers``: what is in overlays already, by the names that :meth:`suspend` gives; taken out.
+        """
+        self._layers = {} if layers is None else layers
+        self._media: list[tuple[Image, Drive]] = []
         self._virtual_time = options.virtual_time
         self._firmware = options.firmware is not None
         self._open: list[Image] = []
@@ -194,9 +201,13 @@ class Drives:
         """The controllers, once attached."""
         try:
             plans = [plan for plan in plan_disks(options) if plan.emulated]
-            disks = [self._image(_disk(plan.image)) for plan in plans]
+            disks = [self._image(_disk(plan.image), f"disk{index}") for index, plan in enumerate(plans)]
             cds = [None if text == EMPTY else self._image(_cd(text)) for text in options.cdroms]
-            self._floppies = [None if text == EMPTY else self._floppy_image(text) for text in options.floppies]
+            self._floppies = [
+                None if text == EMPTY else self._floppy_image(text, f"fd{index}")
+                for index, text in enumerate(options.floppies)
+            ]
+            self._disks = disks
         except BaseException:
             self.close()
             raise
@@ -216,14 +227,15 @@ class Drives:
         self.wanted = bool(disks or cds or self._floppies or self._firmware)
         """Whether the machine has controllers at all."""
 
-    def _image(self, drive: Drive) -> Image:
-        image = open_image(drive)
+    def _image(self, drive: Drive, name: str = "") -> Image:
+        image = open_image(drive, self._layers.pop(name, None))
         self._open.append(image)
+        self._media.append((image, drive))
         return image
 
-    def _floppy_image(self, text: str) -> Image:
+    def _floppy_image(self, text: str, name: str = "") -> Image:
         drive = _floppy(text)
-        image = self._image(drive)
+        image = self._image(drive, name)
         if image.size > FLOPPY_LARGEST:
             raise BadOptionError(f"the {drive.what} {drive.path} has {image.size} bytes, more than a floppy of 2.88 MB")
         return image
@@ -255,6 +267,64 @@ class Drives:
         platform = next((device for device in board.devices if isinstance(device, XenPlatform)), None)
         if platform is not None:
             platform.unplug = self._unplug
+
+    # ── saved domains ──
+
+    def _present(self) -> dict[str, Image]:
+        """What is in the drives now, by their names."""
+        found = {f"disk{index}": image for index, image in enumerate(self._disks)}
+        storage = self.storage
+        if storage is None:
+            return found
+        for index, place in enumerate(self._cd_places):
+            drive = storage.ide.units[place].drive
+            found |= {} if drive is None or drive.port is None else {f"cd{index}": _image_of(drive.port)}
+        for index, port in enumerate([] if storage.floppy is None else storage.floppy.media):
+            found |= {} if port is None else {f"fd{index}": _image_of(port)}
+        return found
+
+    def check_can_be_forked(self) -> None:
+        """UnsupportedError if there is an image that the guest writes to."""
+        from nonroot.domain.saved_devices import check_can_be_forked
+
+        for name, image in self._present().items():
+            if not name.startswith("cd"):
+                check_can_be_forked(self._drive(image))
+
+    def suspend(self) -> "tuple[SavedMedium, ...]":
+        """Have what was written in the images, while no vCPU runs; what is to be saved. TransientError.
+
+        In the vCPU's thread. Requests that are done but not answered are made again by whoever goes on.
+        """
+        from nonroot.domain.saved_devices import SavedMedium, identity
+
+        try:
+            for service in self._services:
+                service.settle()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise TransientError(f"a disk image cannot be written: {reason}") from None
+        present = [(name, image, self._drive(image)) for name, image in self._present().items()]
+        return tuple(SavedMedium(name, drive, image.size, identity(drive)) for name, image, drive in present)
+
+    def overlays(self) -> "dict[str, OverlayImage]":
+        """Overlays by the names of their drives."""
+        from nonroot.backends.overlay import OverlayImage
+
+        return {name: image for name, image in self._present().items() if isinstance(image, OverlayImage)}
+
+    def inserted(self) -> tuple[list[str], list[str]]:
+        """The options of CDs and floppies, such that the same are in the drives."""
+        present = self._present()
+
+        def text(name: str) -> str:
+            return str(self._drive(present[name])) if name in present else EMPTY
+
+        cds = [text(f"cd{index}").removesuffix(",ro") for index in range(len(self._cd_places))]
+        return cds, [text(f"fd{index}") for index in range(len(self._floppies))]
+
+    def _drive(self, image: Image) -> Drive:
+        return next(drive for known, drive in self._media if known is image)
 
     # ── disks that are Xen's, too ──
 
@@ -360,6 +430,7 @@ class Drives:
         for service in [service for service in self._services if all(service is not port for port in ports)]:
             self._services.remove(service)
             self._open = [image for image in self._open if image is not service.image]
+            self._media = [pair for pair in self._media if pair[0] is not service.image]
             with contextlib.suppress(OSError):
                 service.close()
 
@@ -369,3 +440,11 @@ class Drives:
             with contextlib.suppress(OSError):
                 image.close()
         self._open.clear()
+
+
+def _image_of(port: "BlockPort") -> Image:
+    """What is behind a drive's medium."""
+    from nonroot.backends.service import BlockService
+
+    assert isinstance(port, BlockService)
+    return port.image

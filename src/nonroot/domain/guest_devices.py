@@ -24,8 +24,8 @@ from nonroot.backends.xenbus import XenbusState
 from nonroot.domain.drives import MOST_DISKS, Twin
 from nonroot.domain.networks import Network
 from nonroot.domain.registry import runtime_dir
-from nonroot.domain.saved_devices import Layer, SavedCard, SavedDevices, SavedDisk, identity
-from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError, UnsupportedError
+from nonroot.domain.saved_devices import Layer, SavedCard, SavedDevices, SavedDisk, check_can_be_forked, identity
+from nonroot.errors import BadOptionError, NotRunningError, SoftwareMissingError
 from nonroot.xen.backend import FrontendAccess
 from nonroot.xenstore.client import XenStore
 from nonroot.xenstore.errors import XenStoreError, XenStoreLostError
@@ -79,16 +79,9 @@ class GuestDevices:
         ``forking``: this domain goes on, too, so that nobody else may write to its images.
         """
         present = set(self._there())
-        if self._twins:
-            raise UnsupportedError("a domain with emulated disks cannot be saved yet")
         for number, drive in self._drives.items():
-            if ("vbd", number) not in present:
-                continue
-            if forking and not drive.read_only and not drive.overlay:
-                raise UnsupportedError(
-                    f"the guest writes to the disk image {drive.path}, so that no other can go on from it: give the "
-                    "domain the disk with ,overlay (its changes are thrown away) or ,ro"
-                )
+            if forking and ("vbd", number) in present:
+                check_can_be_forked(drive)
 
     def suspend(self) -> SavedDevices:
         """Have nobody use the guest's memory and images, whose vCPUs stand; what is to be saved. TransientError.
@@ -108,7 +101,10 @@ class GuestDevices:
                 with contextlib.suppress(OSError):
                     devices.flush(device.number)
                 size, known = devices.size(device.number), identity(drive)
-                disks.append(SavedDisk(facts["vdev"], device.number, drive, facts["cdrom"], state, size, known))
+                vdev = facts["vdev"]
+                twin = vdev if vdev in self._twins else ""
+                what = (vdev, device.number, drive, facts["cdrom"], state, size, known, twin, device.waits)
+                disks.append(SavedDisk(*what))
             else:
                 network = replace(self._networks[device.number], mac=facts["mac"])
                 cards.append(SavedCard(device.number, network, state))
@@ -119,21 +115,27 @@ class GuestDevices:
         if self._devices is not None:
             self._devices.resume()
 
-    def overlays(self) -> dict[int, OverlayImage]:
-        """The overlays of disks, by number, while they are suspended."""
-        return {} if self._devices is None else self._devices.overlays()
+    def overlays(self) -> dict[str, OverlayImage]:
+        """The overlays of disks that are no emulated ones, by name, while they are suspended."""
+        found = {} if self._devices is None else self._devices.overlays()
+        return {f"xvd{number}": image for number, image in found.items() if number not in self._twins.values()}
 
-    def restore(self, saved: SavedDevices, layers: dict[int, Layer], fork: bool) -> None:
+    def restore(self, saved: SavedDevices, twins: dict[str, Twin], layers: dict[str, Layer], fork: bool) -> None:
         """
         Make devices that go on at :meth:`resume`. BadFileError, BadOptionError, UnsupportedError, SoftwareMissingError.
 
-        ``layers``: what is in overlays already. ``fork``: the domain that they come from goes on: ports stay published
-        for that one, and cards have other addresses.
+        ``twins``: of the emulated disks. ``layers``: what is in overlays already. ``fork``: the domain that they come
+        from goes on: ports stay published for that one, and cards have other addresses.
         """
         for disk in saved.disks:
-            disk.check_image()
-            layer = layers.pop(disk.number, None)
-            self._open().add_disk(disk.vdev, disk.drive, disk.cdrom, XenbusState(disk.state), layer)
+            twin = twins.pop(disk.twin, None)
+            state = XenbusState(disk.state)
+            if twin is not None:
+                suspended = None if disk.waits else state
+                self._twins[disk.vdev] = disk.number
+                self._open().add_twin(disk.vdev, twin.image, twin.owned, suspended)
+            else:
+                self._open().add_disk(disk.vdev, disk.drive, disk.cdrom, state, layers.pop(f"xvd{disk.number}", None))
             self._keep_disk(disk.vdev, disk.number, disk.drive, disk.cdrom)
         for card in saved.cards:
             network = card.network

@@ -107,11 +107,16 @@ class PvDevices:
         self._check_free("vbd", number, f"there is a disk {vdev} already")
         return self._add_disk(vdev, number, open_image(drive, layer), cdrom, suspended=suspended)
 
-    def add_twin(self, vdev: str, image: Image, owned: bool) -> PvDevice:
-        """A disk that is an emulated one until :meth:`offer` names it. ``owned``: the image is to be closed with it."""
+    def add_twin(self, vdev: str, image: Image, owned: bool, suspended: XenbusState | None = None) -> PvDevice:
+        """
+        A disk that is an emulated one until :meth:`offer` names it. ``owned``: the image is to be closed with it.
+
+        ``suspended``: it is that no more, and goes on in this state, as for :meth:`add_disk`.
+        """
         number = vdev_number(vdev)
         self._check_free("vbd", number, f"there is a disk {vdev} already")
-        return self._add_disk(vdev, number, image, False, waits=True, owned=owned)
+        waits = suspended is None
+        return self._add_disk(vdev, number, image, False, waits=waits, owned=owned, suspended=suspended)
 
     def _add_disk(
         self,

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from nonroot.domain.mailbox import Mailbox
 from nonroot.domain.networks import parse_networks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.registry import allocate_domid
+from nonroot.domain.saved_devices import Layer, SavedDevices
 from nonroot.domain.saving import (
     Saved,
     check_can_be_saved,
@@ -122,12 +123,13 @@ class Runner:
             self._options = options = saved.options
         self._by_serial: bool | None = None
         self._command_line = ""
+        self._layers: dict[str, Layer] = {}
         self.xen, self._xen_reason = xen_services(options, saved is not None or ahead is not None)
         """The domain's dealings with XenStore, if it is Xen's."""
         options.xen = self.xen is not None
         try:
             if ahead is not None:
-                self._machine = self._resumable(ahead, None, 0)
+                self._machine = self._resumable(ahead, None, 0, {})
             else:
                 self._machine = self._build(progress) if saved is None else self._rebuild(saved)
         except BaseException:
@@ -198,11 +200,15 @@ class Runner:
         if self.xen is not None and machine.xen is not None:
             self.xen.attach(machine.xen)
             self.guest_devices = self._plug(machine, machine.xen)
-            self.drives.on_twins = self.guest_devices.twins_are_off
-            platform = next((device for device in machine.board.devices if isinstance(device, XenPlatform)), None)
-            if platform is not None:
-                platform.unplug = partial(self._unplug, off=platform.unplug)
+            self._join_halves(machine, self.guest_devices)
         return machine
+
+    def _join_halves(self, machine: "Machine", devices: "GuestDevices") -> None:
+        """Have Xen's disks take turns with the emulated ones that are the same."""
+        self.drives.on_twins = devices.twins_are_off
+        platform = next((device for device in machine.board.devices if isinstance(device, XenPlatform)), None)
+        if platform is not None:
+            platform.unplug = partial(self._unplug, off=platform.unplug)
 
     def _outputs(self) -> "Outputs":
         from nonroot.hvm.config import Outputs
@@ -212,9 +218,10 @@ class Runner:
     def _rebuild(self, saved: Saved) -> "Machine":
         """The machine of a saved domain."""
         check_can_be_saved(self._options, None)
-        base = image(saved)
+        saved.devices.check_images()
+        base, self._layers = image(saved), read_layers(saved)
         try:
-            machine = self._resumable(saved.protocol, base, self._power_on_ns(saved))
+            machine = self._resumable(saved.protocol, base, self._power_on_ns(saved), self._layers)
         finally:
             if base is not None:
                 base.close()
@@ -236,7 +243,8 @@ class Runner:
         ignored = ("saved", "kept", "layers", "name", "domid")
         ours, theirs = self._options.to_wire(), saved.options.to_wire()
         fits = all(ours[name] == theirs[name] for name in ours if name not in ignored)
-        if not fits or saved.protocol != machine.protocol or not saved.options.layers or saved.devices:
+        ours_alone = saved.options.layers and not saved.devices.of_xen and not self.drives.wanted
+        if not fits or saved.protocol != machine.protocol or not ours_alone:
             return False
         base = image(saved)
         assert base is not None
@@ -269,20 +277,23 @@ class Runner:
         _close_inherited(self._options.saved)
         return True
 
-    def _resumable(self, protocol: str, base: "RamBase | None", power_on_ns: int) -> "Machine":
+    def _resumable(
+        self, protocol: str, base: "RamBase | None", power_on_ns: int, layers: dict[str, Layer]
+    ) -> "Machine":
         """A machine of the same parts as that of a saved domain, to be filled."""
         from nonroot.engines import select
         from nonroot.hvm.machine import Machine, MachineConfig
 
         options = self._options
         self._protocol_reason = "it was saved"
-        self.drives = Drives(options)
+        self.drives = Drives(options, layers)
         config = MachineConfig(
             memory_bytes=options.memory,
             resumed=True,
             protocol=protocol,
-            attach=pc.attachments(options),
-            reboot=False,
+            firmware=pc.firmware(options),
+            attach=[*pc.attachments(options), *([self.drives.attach] if self.drives.wanted else [])],
+            reboot=options.reboot and options.firmware is not None,
             base_wall_ns=power_on_ns,
             agent=options.agent and options.agent_ports,
             scramble_seed=options.scramble_seed,
@@ -321,13 +332,14 @@ class Runner:
             devices = GuestDevices(machine.xen, options.name, lambda: self._in_machine(machine.ram.share))
             self.guest_devices = devices
             try:
-                if saved.devices:
-                    devices.restore(saved.devices, read_layers(saved), saved.is_fork)
+                if saved.devices.of_xen:
+                    devices.restore(saved.devices, self.drives.twins(), self._layers, saved.is_fork)
                     self.new_addresses = devices.addresses() if saved.is_fork else {}
-                self.xen.resume(saved.store, devices.resume)
+                self.xen.resume(saved.store, devices.resume, begun=saved.devices.of_xen)
             except StateError as error:
                 raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None
-        elif saved.devices:
+            self._join_halves(machine, devices)
+        elif saved.devices.of_xen:
             raise BadFileError(f"{saved.path} cannot be restored: its devices need Xen")
 
     def _in_machine(self, action: Callable[[], object]) -> None:
@@ -381,9 +393,13 @@ class Runner:
         """
         machine, options, line = self._machine, self._options, self._command_line
         devices = self.guest_devices
-        suspended = None if devices is None else devices.suspend()
+        suspended = SavedDevices() if devices is None else devices.suspend()
         stays = False
         try:
+            suspended = replace(suspended, media=self.drives.suspend())
+            overlays = self.drives.overlays() | ({} if devices is None else devices.overlays())
+            cdroms, floppies = self.drives.inserted()
+            options = replace(options, cdroms=cdroms, floppies=floppies)
             result = write_saved(
                 path,
                 packed,
@@ -396,19 +412,19 @@ class Runner:
                 toolstack,
                 file,
                 suspended,
-                None if devices is None else devices.overlays(),
+                overlays,
                 fork,
             )
             stays = stay
         finally:
             if devices is not None and not stays:
                 devices.resume()
-        self._suspended = stays and bool(suspended)
+        self._suspended = stays and suspended.of_xen
         return result
 
     def fork(self, greeting: bytes) -> list[int]:
         """Descriptors of what a fork goes on from; the vCPU stands, and this is its thread."""
-        if self.guest_devices is not None and self.guest_devices.any:
+        if self.has_devices:
             # The backends of both need memory that can be shared, so it is copied.
             file = os.memfd_create("nonroot-fork", os.MFD_CLOEXEC)
             try:
@@ -419,9 +435,21 @@ class Runner:
             return [file]
         return write_fork(self._machine, self._options, self._command_line, self._by_serial, greeting, self.xen)
 
+    @property
+    def has_devices(self) -> bool:
+        """Whether its disks, drives or cards have to be looked after."""
+        return self.drives.wanted or (self.guest_devices is not None and self.guest_devices.any)
+
+    def check_can_be_saved(self, forking: bool) -> None:
+        """UnsupportedError, one sentence, for devices that cannot go on elsewhere; see :class:`GuestDevices`."""
+        if forking:
+            self.drives.check_can_be_forked()
+        if self.guest_devices is not None:
+            self.guest_devices.check_can_be_saved(forking)
+
     def recipe(self) -> dict[str, Any]:
         """What a process needs to build the machine of this domain's next fork ahead; empty if it cannot."""
-        if self.guest_devices is not None and self.guest_devices.any:
+        if self.has_devices:
             return {}
         return {"options": plain_options(self._options), "protocol": self._machine.protocol}
 

@@ -98,8 +98,7 @@ class SaveRequests:
 
     def _check_devices(self, what: str) -> None:
         """UnsupportedError for a domain with disks or cards: what these wrote and sent cannot be taken back."""
-        devices = getattr(self._need(), "guest_devices", None)
-        if devices is not None and devices.any:
+        if self._need().has_devices:
             raise UnsupportedError(f"a domain with disks or network cards cannot {what}: fork it instead")
 
     def _check(self, forking: bool = False) -> bytes:
@@ -108,9 +107,7 @@ class SaveRequests:
         if self._stop_error is not None:
             raise self._stop_error
         check_can_be_saved(runner.options, self._session)
-        devices = getattr(runner, "guest_devices", None)
-        if devices is not None:
-            devices.check_can_be_saved(forking)
+        runner.check_can_be_saved(forking)
         return b"" if self._session is None else self._session.greeting
 
     def _standing(

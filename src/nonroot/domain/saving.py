@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nonroot.backends.overlay import OverlayImage
-from nonroot.domain.drives import ide_disks
 from nonroot.domain.options import DomainOptions
 from nonroot.domain.saved_devices import Layer, SavedDevices, layer_names, put_layer, read_layer
 from nonroot.engines.policy import CpuPolicy
@@ -91,12 +90,8 @@ def cpu_digest(policy: CpuPolicy) -> str:
 
 def check_can_be_saved(options: DomainOptions, session: "AgentSession | None") -> None:
     """UnsupportedError or TransientError, one sentence, for a domain that cannot be saved, or not now."""
-    if options.cdroms or options.floppies or ide_disks(options):
-        raise UnsupportedError("a domain with emulated drives cannot be saved yet: only Xen's disks can")
     if options.shares:
         raise UnsupportedError("a domain with shared folders cannot be saved yet")
-    if options.firmware is not None:
-        raise UnsupportedError("a domain that was started in firmware cannot be saved yet")
     if session is not None and not session.idle:
         raise TransientError("the domain is starting, or a command or copy is under way in it: try again afterwards")
 
@@ -113,7 +108,7 @@ def write_saved(
     toolstack: dict[str, Any] | None = None,
     file: int | None = None,
     devices: SavedDevices | None = None,
-    overlays: Mapping[int, OverlayImage] | None = None,
+    overlays: Mapping[str, OverlayImage] | None = None,
     fork: bool = False,
 ) -> dict[str, Any]:
     """
@@ -131,8 +126,8 @@ def write_saved(
         _put(writer, facts, records, toolstack)
         with _ram(machine) as (fd, contents):
             writer.memory(RAM, contents, data_extents(fd))
-        for number, image_ in (overlays or {}).items():
-            put_layer(writer, number, image_)
+        for name, overlay in (overlays or {}).items():
+            put_layer(writer, name, overlay)
         return {"bytes": writer.size}
 
 
@@ -284,15 +279,14 @@ def fill(machine: "Machine", saved: Saved) -> None:
             raise TransientError(f"{saved.path} cannot be restored: {(error.strerror or str(error)).lower()}") from None
 
 
-def read_layers(saved: Saved) -> dict[int, Layer]:
-    """What is in the overlays of a file's disks, by number; the descriptors are the caller's. BadFileError."""
-    wanted = [disk for disk in saved.devices.disks if disk.drive.overlay]
-    found: dict[int, Layer] = {}
+def read_layers(saved: Saved) -> dict[str, Layer]:
+    """What is in the overlays of a file's disks, by name; the descriptors are the caller's. BadFileError."""
+    found: dict[str, Layer] = {}
     try:
-        if wanted:
+        if saved.devices.overlays:
             with Reader(saved.path) as reader:
-                for disk in wanted:
-                    found[disk.number] = read_layer(reader, disk.number, disk.size)
+                for name, size in saved.devices.overlays.items():
+                    found[name] = read_layer(reader, name, size)
     except (NonrootError, StateError, OSError) as error:
         for layer in found.values():
             os.close(layer[0])

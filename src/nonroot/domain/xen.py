@@ -231,12 +231,12 @@ class XenServices:
             "begun": begun.hex(),
         }
 
-    def resume(self, record: Fields, devices: Callable[[], object] = lambda: None, revert: bool = False) -> None:
+    def resume(self, record: Fields, devices: Callable[[], object] = lambda: None, begun: bool = False) -> None:
         """
         Have the nodes and watches that :meth:`saved` found, under this domain's number. StateError.
 
         The guest may go on to use the numbers that it had before. ``devices``: called between nodes and watches.
-        ``revert``: there are nodes already.
+        ``begun``: some of the nodes are there already.
         """
         old, former = record.number("domid", LAST_DOMID), record.numbers("former", LAST_DOMID)
         fields = record.texts("nodes")
@@ -246,7 +246,8 @@ class XenServices:
         try:
             watches = [bytes.fromhex(watch) for watch in record.texts("watches")]
             values = [bytes.fromhex(value) for value in fields[1::3]]
-            own = (self._name, str(self.domid), "", str(self._memory >> 10))
+            mine = (self._name, str(self.domid), "", str(self._memory >> 10))
+            own = dict(zip(HOSTS_NODES, map(str.encode, mine), strict=True))
             requests = []
             whose: dict[str, str] = {}
             for path, value, permissions in zip(fields[::3], values, fields[2::3], strict=True):
@@ -254,12 +255,12 @@ class XenServices:
                     continue
                 whose[path] = permissions
                 node = f"{self.home}/{path}" if path else self.home
-                if path and path not in HOSTS_NODES:
-                    requests.append(writing(node, self._renamed(value, old)))
+                if path:
+                    requests.append(writing(node, own.pop(path, self._renamed(value, old))))
                 # A new node has its parent's.
-                if revert or not path or whose.get(path.rpartition("/")[0]) != permissions:
+                if begun or not path or whose.get(path.rpartition("/")[0]) != permissions:
                     requests.append(permitting(node, [_for(p, old, self.domid) for p in permissions.split()]))
-            requests += [writing(f"{self.home}/{path}", text) for path, text in zip(HOSTS_NODES, own, strict=True)]
+            requests += [writing(f"{self.home}/{path}", value) for path, value in own.items()]
             self.store.do_all(requests)  # nobody looks: a transaction would be time for nothing
         except (ValueError, XenStoreError) as error:
             raise StateError(f"XenStore state: {error}") from None
@@ -286,7 +287,7 @@ class XenServices:
         for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
             if path not in HOSTS_NODES:
                 self.store.rm(f"{self.home}/{path}")
-        self.resume(record, revert=True)
+        self.resume(record, begun=True)
 
     def changes(self) -> tuple[int, int]:
         """Numbers that grow with what the guest and we may have changed."""
