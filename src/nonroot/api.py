@@ -488,7 +488,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param packed: compress; without, the file is larger, and read in milliseconds.
         :raises BadFileError, TransientError: the file cannot be written, or a command is under way; the domain, and a
             file that was there before, are as they were.
-        :raises UnsupportedError: the domain has emulated drives or shared folders, or was started by firmware.
+        :raises UnsupportedError: the domain has shared folders.
 
         Disk images are not in the file: a restored domain wants them as they were, and checks that.
         """

@@ -38,6 +38,9 @@ class NativeRunner:
     def describe(self) -> dict[str, Any]:
         return {"engine": "native", "reason": "this is a test", "command_line": self.options.append}
 
+    def check_can_be_saved(self, forking: bool) -> None:
+        raise UnsupportedError("this is no machine that could be saved")
+
     def start(self) -> None:
         program = AGENT
         for word in self.options.append.split():
@@ -115,9 +118,6 @@ class NativeRunner:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         answer({})
-
-    def save(self, path: str, packed: bool, greeting: bytes, toolstack: Any, file: int | None = None) -> dict[str, Any]:
-        raise UnsupportedError("there is no machine that could be saved")
 
     def unpause(self) -> None:
         assert self._process is not None

@@ -16,7 +16,14 @@ from nonroot.backends.drive import Drive
 from nonroot.backends.overlay import OverlayImage
 from nonroot.backends.raw import RawImage
 from nonroot.domain.networks import Network
-from nonroot.domain.saved_devices import SavedCard, SavedDevices, SavedDisk, put_layer, read_layer
+from nonroot.domain.saved_devices import (
+    SavedCard,
+    SavedDevices,
+    SavedDisk,
+    SavedMedium,
+    put_layer,
+    read_layer,
+)
 from nonroot.errors import BadOptionError
 from nonroot.guests import cached
 from nonroot.hvm.device import StateError
@@ -31,13 +38,14 @@ MIB = 1 << 20
 
 
 def test_records_are_what_they_were(tmp_path: Path) -> None:
-    disk = SavedDisk("xvda", 51712, Drive.parse("/a,,b.img,overlay,format=raw"), False, 4, 1 << 20, (5, 6))
+    disk = SavedDisk("xvda", 51712, Drive.parse("/a,,b.img,overlay,format=raw"), False, 4, 1 << 20, (5, 6), "xvda")
     card = SavedCard(2, Network.parse("user,mac=00:16:3e:00:00:01,isolated,loopback", ["127.0.0.1:80:8080/udp"]), 2)
     lab = SavedCard(0, Network.parse("lab,ip=10.9.0.1/24"), 6)
-    saved = SavedDevices((disk,), (card, lab))
+    medium = SavedMedium("disk0", Drive.parse("/c.img,ro"), 512, (512, 1))
+    saved = SavedDevices((disk,), (card, lab), (medium,))
     assert SavedDevices.from_json(Fields("devices", saved.to_json())) == saved
     with pytest.raises(BadFileError, match="has been changed since the domain was saved"):
-        disk.check_image()
+        saved.check_images()
 
 
 @pytest.mark.parametrize(
@@ -50,9 +58,9 @@ def test_records_are_what_they_were(tmp_path: Path) -> None:
 def test_records_that_cannot_be(damage: dict[str, object]) -> None:
     disk = SavedDisk("xvda", 51712, Drive.parse("/a"), False, 4, 1 << 20, (5, 6)).to_json()
     with pytest.raises((StateError, BadOptionError)):
-        SavedDevices.from_json(Fields("devices", {"disks": [disk | damage], "cards": []}))
+        SavedDevices.from_json(Fields("devices", {"disks": [disk | damage], "cards": [], "media": []}))
     with pytest.raises(StateError, match="two devices"):
-        SavedDevices.from_json(Fields("devices", {"disks": [disk, disk], "cards": []}))
+        SavedDevices.from_json(Fields("devices", {"disks": [disk, disk], "cards": [], "media": []}))
 
 
 def overlay(tmp_path: Path, size: int = 3 * MIB + 512) -> OverlayImage:
@@ -69,11 +77,11 @@ def test_overlays_are_saved(tmp_path: Path) -> None:
     image.write(image.size - 300, bytes(300))  # the last cluster, which ends with the image
     before = image.read(0, image.size)
     with Writer(tmp_path / "saved") as writer:
-        put_layer(writer, 7, image)
+        put_layer(writer, "xvd7", image)
     with Reader(tmp_path / "saved") as reader:
-        again = OverlayImage.adopt(RawImage(image_path(image), read_only=True), *read_layer(reader, 7, image.size))
+        again = OverlayImage.adopt(RawImage(image_path(image), read_only=True), *read_layer(reader, "xvd7", image.size))
         with pytest.raises(StateError, match="larger than its disk"):
-            read_layer(reader, 7, 4096)
+            read_layer(reader, "xvd7", 4096)
     copied = OverlayImage.adopt(RawImage(image_path(image), read_only=True), *image.copy_layer(str(tmp_path)))
     assert again.read(0, image.size) == before
     assert copied.read(0, image.size) == before

@@ -34,8 +34,7 @@ SAVE_SECONDS = 900.0
 def save(goes_on: bool, stays: bool, as_json: bool, domain: str, file: str) -> int:
     """Save DOMAIN to FILE, from which `restore` goes on, and end it.
 
-    Disk images are not in the file: restore wants them as they were. A domain with emulated drives or shared folders
-    cannot be saved yet, nor one that was started in firmware.
+    Disk images are not in the file: restore wants them as they were. A domain with shared folders cannot be saved.
     """
     from nonroot.toolstack.client import Toolstack
 
