@@ -1,4 +1,6 @@
-"""Debian's kernels with their root on Xen's disk, as PVH and as HVM: used, rebooted, found intact, shut down, clean."""
+"""Debian's kernels with their root on Xen's disk, as PVH and as HVM: used, rebooted, saved, restored, found
+intact, shut down, clean.
+"""
 
 import hashlib
 import re
@@ -66,6 +68,16 @@ def test_the_root_is_written_rebooted_found_intact_and_clean(
         assert console.sh("sha256sum /root/first") == told
         assert not TROUBLE.search(console.sh("dmesg"))
         assert "recovery" not in console.sh("dmesg")
+    # Through a file.
+    number = domains()[name]["domid"]
+    xl("save", name, tmp_path / "saved")
+    assert name not in domains()
+    xl("restore", tmp_path / "saved")
+    assert domains()[name]["domid"] != number
+    assert domains()[name]["uuid"] == first["uuid"]
+    with Console(name, replay=False) as console:
+        assert console.sh("sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum /root/first") == told
+        assert not TROUBLE.search(console.sh("dmesg"))
         # To its end.
         told = console.sh("dd if=/dev/urandom of=/root/second bs=64k count=64 2> /dev/null; sha256sum /root/second")
         assert xl("shutdown", "-w", "--timeout", "120", "--json", name).json["by"] == "xenstore"

@@ -356,3 +356,49 @@ def test_a_guest_that_starts_again_gets_nothing_that_was_not_for_it() -> None:
     assert not world.got
     assert world.ask(Kind.WRITE, b"data\0x") == [(Kind.WRITE, 5, 0, b"OK\0")]
     assert len(world.got) == HEADER.size + 3  # and no event
+
+
+def events(world: Restartable) -> list[bytes]:
+    """Payloads of the events among what the guest got."""
+    return [payload for kind, _, _, payload in messages(bytes(world.got)) if kind == Kind.WATCH_EVENT]
+
+
+def test_a_guest_may_go_on_with_a_number_that_it_had() -> None:
+    world = Restartable()
+    ours, old = b"/local/domain/7", b"/local/domain/31"
+    world.relay.rename({31, 32}, 7)
+    assert world.ask(Kind.WRITE, old + b"/data\x00first")[0][0] == Kind.WRITE
+    assert world.ask(Kind.READ, ours + b"/data\0")[0][3] == b"first"
+    assert world.ask(Kind.READ, b"/local/domain/32/data\0")[0][3] == b"first"
+    assert world.ask(Kind.WATCH, old + b"/data\0mine\0") == [(Kind.WATCH, 5, 0, b"OK\0")]
+    assert events(world) == [old + b"/data\0mine\0"]
+    world.ask(Kind.WATCH, ours + b"/data\0new\0")
+    assert events(world) == [ours + b"/data\0new\0"]
+    world.ask(Kind.WRITE, b"data/below\0x")
+    assert set(events(world)) == {ours + b"/data/below\0new\0", old + b"/data/below\0mine\0"}
+    assert world.relay.watches == [old + b"/data\0mine\0", ours + b"/data\0new\0"]
+    # A number is a whole one, and other domains' are theirs.
+    for path in (b"/local/domain/311/data\0", b"/local/domain/3/data\0", b"/local/domain/310\0"):
+        assert world.ask(Kind.READ, path)[0][0] == Kind.ERROR
+    # What carries no path is left alone, and so are values.
+    world.ask(Kind.WRITE, b"data/value\0" + old)
+    assert world.ask(Kind.READ, b"data/value\0")[0][3] == old
+    assert world.ask(Kind.UNWATCH, old + b"/data\0mine\0") == [(Kind.UNWATCH, 5, 0, b"OK\0")]
+    world.ask(Kind.WRITE, b"data/below\0y")
+    assert events(world) == [ours + b"/data/below\0new\0"]
+    # A copy of the guest with yet another number: what it watches is what it asked for.
+    other = Restartable()
+    other.relay.rename({31, 32, 8}, 7)
+    other.relay.resume([old + b"/data\0mine\0"], b"")
+    assert events(other) == [old + b"/data\0mine\0"]
+    # One that starts again has learnt its present number.
+    world.relay.reset()
+    assert world.ask(Kind.READ, old + b"/data\0")[0][0] == Kind.ERROR
+
+
+def test_a_path_that_would_be_too_long_stays_what_it_was() -> None:
+    world = Restartable()
+    world.relay.rename({3}, 31000)
+    long = b"/local/domain/3/" + b"x" * 4070
+    world.relay.from_guest(pack(Kind.READ, 1, 0, long + b"\0"))
+    assert world.relay.idle or world.relay.room
