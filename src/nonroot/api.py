@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -387,6 +386,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
 
         :raises TransientError: a command is under way. :raises UnsupportedError: see :meth:`save`.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         self._need()
         Template.shared()
         pending = self._client.submit("fork")

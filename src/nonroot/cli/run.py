@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
 import threading
 import time
@@ -343,6 +342,8 @@ class Session:
         if wanted is not None and not wanted.is_unix:
             password = os.environ.get("NONROOT_VNC_PASSWORD")
             if not password:
+                import secrets
+
                 password = secrets.token_urlsafe(6)
                 self.reporter.line(f"the VNC password is {password}")
         served = domain.vnc(None if wanted is None else str(wanted), password)

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,6 +68,8 @@ def runtime_dir() -> Path:
     """
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     candidates = [Path(given) / "nonroot"] if given.startswith("/") else []
+    import tempfile  # most need it not: it takes milliseconds
+
     candidates.append(Path(tempfile.gettempdir()) / f"nonroot-run-{os.getuid()}")
     for folder in candidates:
         if len(os.fsencode(folder)) + 46 > _LONGEST:

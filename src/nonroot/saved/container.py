@@ -13,7 +13,6 @@ import contextlib
 import json
 import mmap
 import os
-import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def draft_of(path: Path, *, durable: bool) -> Iterator[int]:
 
     ``durable``: have it on the disk before. BadFileError, TransientError.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -97,7 +96,7 @@ class Writer:
         """
         self._path = Path(path)
         self._has_path = file is None
-        self._draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        self._draft = self._path.with_name(f".{self._path.name}.{os.urandom(4).hex()}")
         self._packed = packed
         self._durable = packed if durable is None else durable
         self._records: list[dict[str, Any]] = []
