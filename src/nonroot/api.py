@@ -164,7 +164,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param name: under which ``nonroot list`` shows it; without one it gets a free name.
         :param console: keep the console's output for :attr:`console`.
         :param kept: go on from a boot that was kept, where there is one for just this domain, and keep this boot where
-            there is none (see :attr:`origin`). Domains with devices of this machine, in virtual time or without an
+            there is none (see :attr:`origin`). Domains with disks, drives or folders, in virtual time or without an
             agent boot as ever.
         :param sealed: let the domain's process give up the host before the guest begins. Only a domain without drives,
             cards, shared folders and screen is; disks and cards cannot be added to it, and it cannot be renamed.

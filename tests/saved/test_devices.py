@@ -274,3 +274,26 @@ def test_a_disk_that_is_being_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", range(10))
 def test_a_thousand_times_with_a_disk(tmp_path: Path, batch: int) -> None:
     write_and_check(tmp_path, 100, random.Random(1000 * ROUND + batch))
+
+
+@pytest.mark.guest
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_boots_with_cards_are_kept(tmp_path: Path) -> None:
+    formatted(tmp_path / "a.img")  # or else the test is skipped
+    options = {"memory": "96M", "networks": ["lab,ip=10.9.0.1/24", "lab"], "kept": True}
+    options |= {"append": f"test.mark={tmp_path.name}-{os.getpid()}", "flavour": "cloud-amd64"}
+    addresses, origins = [], []
+    for _ in range(3):
+        with Domain(**options) as domain:  # type: ignore[arg-type]
+            shown = out(domain, "cat /sys/class/net/eth0/address; ifconfig eth0")
+            addresses.append(domain.networks()[0]["mac"])
+            assert shown.startswith(addresses[-1])
+            assert "10.9.0.1" in shown
+            origins.append(domain.origin)
+    assert origins == ["fresh", "kept", "kept"]
+    assert len(set(addresses)) == 3
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(Domain(**options)) for _ in range(2))  # type: ignore[arg-type]
+        out(two, "ifconfig eth0 10.9.0.2")
+        assert "1 packets received" in out(one, "ping -c 1 -w 10 10.9.0.2")

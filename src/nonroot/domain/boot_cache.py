@@ -50,7 +50,7 @@ def folder() -> Path:
 
 def kept_boot(options: DomainOptions) -> Path | None:
     """Where the boot of a domain of these (complete) options is kept, there or not; None for what cannot be kept."""
-    outside = (options.disks, options.cdroms, options.floppies, options.networks, options.publish, options.shares)
+    outside = (options.disks, options.cdroms, options.floppies, options.shares)
     if not options.agent or options.kernel is None or options.virtual_time or options.firmware or any(outside):
         return None
     facts: dict[str, Any] = {name: value for name, value in asdict(options).items() if name not in IRRELEVANT}

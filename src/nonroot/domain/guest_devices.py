@@ -120,12 +120,15 @@ class GuestDevices:
         found = {} if self._devices is None else self._devices.overlays()
         return {f"xvd{number}": image for number, image in found.items() if number not in self._twins.values()}
 
-    def restore(self, saved: SavedDevices, twins: dict[str, Twin], layers: dict[str, Layer], fork: bool) -> None:
+    def restore(
+        self, saved: SavedDevices, twins: dict[str, Twin], layers: dict[str, Layer], *, copy: bool, fork: bool
+    ) -> None:
         """
         Make devices that go on at :meth:`resume`. BadFileError, BadOptionError, UnsupportedError, SoftwareMissingError.
 
-        ``twins``: of the emulated disks. ``layers``: what is in overlays already. ``fork``: the domain that they come
-        from goes on: ports stay published for that one, and cards have other addresses.
+        ``twins``: of the emulated disks. ``layers``: what is in overlays already. ``copy``: this is one of many domains
+        that go on from there: cards on networks between domains have other addresses. ``fork``: the domain that they
+        come from is among those: ports stay published for that one.
         """
         for disk in saved.disks:
             twin = twins.pop(disk.twin, None)
@@ -138,15 +141,15 @@ class GuestDevices:
                 self._open().add_disk(disk.vdev, disk.drive, disk.cdrom, state, layers.pop(f"xvd{disk.number}", None))
             self._keep_disk(disk.vdev, disk.number, disk.drive, disk.cdrom)
         for card in saved.cards:
-            network = card.network
-            if fork:
-                network = replace(network, publish=(), mac=network.mac if network.is_user else None)
+            network = replace(card.network, publish=()) if fork else card.network
+            if copy and not network.is_user:
+                network = replace(network, mac=None)
             self._add_card(network, card.number, XenbusState(card.state))
 
-    def addresses(self) -> dict[int, str]:
-        """The addresses of cards on networks between domains, by number."""
+    def addresses(self) -> dict[int, tuple[str, str]]:
+        """The addresses of cards on networks between domains, by number, and the IP addresses that were asked for."""
         return {
-            number: self._facts["vif", number]["mac"]
+            number: (self._facts["vif", number]["mac"], network.ip or "")
             for number, network in self._networks.items()
             if not network.is_user and ("vif", number) in self._there()
         }

@@ -112,8 +112,8 @@ class Runner:
         self._choice = select.choose(options.engine, interpreted=options.interpreted or options.left_to_others)
         self.guest_devices: GuestDevices | None = None
         """Its paravirtual devices, if it is Xen's."""
-        self.new_addresses: dict[int, str] = {}
-        """Of a fork's cards on networks between domains: addresses that its guest does not know yet."""
+        self.new_addresses: dict[int, tuple[str, str]] = {}
+        """Of cards on networks between domains: addresses that the guest, a copy, does not know yet, and its own IP."""
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
         saved = None if options.saved is None else read_saved(options.saved, options)
@@ -333,8 +333,11 @@ class Runner:
             self.guest_devices = devices
             try:
                 if saved.devices.of_xen:
-                    devices.restore(saved.devices, self.drives.twins(), self._layers, saved.is_fork)
-                    self.new_addresses = devices.addresses() if saved.is_fork else {}
+                    copy, twins = saved.is_fork or options.kept, self.drives.twins()
+                    devices.restore(saved.devices, twins, self._layers, copy=copy, fork=saved.is_fork)
+                    if copy:
+                        found = devices.addresses().items()
+                        self.new_addresses = {n: (mac, "" if saved.is_fork else ip) for n, (mac, ip) in found}
                 self.xen.resume(saved.store, devices.resume, begun=saved.devices.of_xen)
             except StateError as error:
                 raise BadFileError(f"{saved.path} is no saved domain that could be restored: {error}") from None

@@ -1,5 +1,6 @@
 """The requests that save a domain."""
 
+import ipaddress
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ RENAME = """\
 dev=$(ls /sys/bus/xen/devices/vif-{index}/net 2>/dev/null) && {{
     ifconfig "$dev" 0.0.0.0 down
     ifconfig "$dev" hw ether {mac}
-    ifconfig "$dev" up
+    ifconfig "$dev" {address} up
 }}"""
 
 
@@ -59,13 +60,19 @@ class SaveRequests:
             session.freshen(time.time_ns(), os.urandom(ENTROPY))
 
     def _rename_cards(self) -> None:
-        """A fork's cards are on the same networks as those of the domain that it comes from: they get new addresses.
+        """A copy's cards are on the same networks as those of the domain that it comes from: they get new addresses.
 
-        The guest's software of ours is told before its next command; IP addresses are the other's, and are given up.
+        The guest's software of ours is told before its next command; a fork's IP addresses are the other's, and are
+        given up.
         """
         addresses = getattr(self._need(), "new_addresses", {})
         if addresses and self._session is not None and self._session.hello is not None:
-            script = "\n".join(RENAME.format(index=index, mac=mac) for index, mac in addresses.items())
+            lines = []
+            for index, (mac, ip) in addresses.items():
+                wanted = ipaddress.IPv4Interface(ip) if ip else None
+                address = "" if wanted is None else f"{wanted.ip} netmask {wanted.netmask}"
+                lines.append(RENAME.format(index=index, mac=mac, address=address))
+            script = "\n".join(lines)
             self._session.run(_Nobody(), 0, {"argv": ["/bin/sh", "-c", script]})
 
     def _restart_session(self, greeting: bytes) -> None:
