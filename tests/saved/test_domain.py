@@ -110,9 +110,9 @@ def test_damaged_files_make_no_domain(saved: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_saved_yet(tmp_path: Path) -> None:
-    image = tmp_path / "disk.img"
-    image.write_bytes(bytes(1 << 20))
-    with Domain(memory="128M", disks=[f"{image},ide"], flavour="cloud-amd64") as domain:
+    if cached("cloud-amd64") is None:
+        pytest.skip("Debian's cloud-amd64 kernel has not been fetched")
+    with Domain(memory="128M", shares=[f"{tmp_path}:/src"], flavour="cloud-amd64") as domain:
         domain.wait_ready()
         with pytest.raises(UnsupportedError, match="cannot be saved yet"):
             domain.save(tmp_path / "a.saved")
@@ -181,7 +181,7 @@ def test_devices_that_come_later_count_too(tmp_path: Path) -> None:
         domain.snapshot()
         domain.add_disk(os.fspath(image))
         for refused in (domain.fork, domain.snapshot, domain.revert):
-            with pytest.raises(UnsupportedError, match="cannot (be saved|go back to its snapshot) yet"):
+            with pytest.raises(UnsupportedError, match="with ,overlay|fork it instead"):
                 refused()
         assert domain.run(["echo", "x"]).stdout == "x\n"
 
