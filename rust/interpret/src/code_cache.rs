@@ -114,6 +114,8 @@ struct Jump {
 const EMPTY: Jump = Jump { lin: 0, key: 0, block: std::ptr::null_mut() };
 const JUMP_GROUPS: usize = 64;
 const JUMP_GROUP: usize = 128;
+/// [`CodeCache::mode_key`] of 64-bit code that reaches memory through the windows.
+pub const WINDOWED: u64 = 5;
 /// Key bit of blocks of one instruction.
 const SINGLE: u64 = 1 << 4;
 /// Operations after which the whole cache is dropped.
@@ -288,6 +290,7 @@ impl Cpu {
             Mode::V86 => 1,
             Mode::Protected16 => 2,
             Mode::Protected32 => 3,
+            Mode::Long64 if self.windowed() => WINDOWED,
             Mode::Long64 => 4,
         };
         mode | (self.flat as u64) << 3

@@ -34,6 +34,7 @@ pub mod tlb;
 pub mod vcpu;
 pub mod vector;
 pub mod walk;
+pub mod window;
 
 pub use config::Config;
 pub use vcpu::{Handle, Vcpu};

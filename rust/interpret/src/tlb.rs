@@ -13,6 +13,7 @@
 use crate::audit::Invalidated;
 use crate::cpu::Cpu;
 use crate::state::*;
+use crate::window::Windows;
 use std::ops::{Deref, DerefMut};
 
 /// Entries of one kind in one context. (A loop in Python missed 1024 of them once in 220 instructions, as its addresses fell.)
@@ -352,6 +353,8 @@ pub struct Tlb {
     pub generation: u64,
     /// Generation of the dirty log in which write entries were made.
     pub dirty_generation: u64,
+    /// The windows, once this vCPU has had them.
+    pub windows: Option<Box<Windows>>,
 }
 
 // SAFETY: `current` points into `spaces`, which this object owns.
@@ -421,6 +424,7 @@ impl Default for Tlb {
             jump_pages: Box::new([0; 1024]),
             generation: 0,
             dirty_generation: 0,
+            windows: None,
         };
         t.select(0);
         t
@@ -490,6 +494,7 @@ impl Tlb {
 
     /// Forgets everything.
     pub fn clear(&mut self) {
+        self.lose_windows();
         for set in self.spaces.iter_mut().flatten() {
             set.clear();
         }
@@ -573,6 +578,9 @@ impl Tlb {
 
     /// The space of an asid that will not come back is free.
     fn release(&mut self, asid: u64) {
+        if let Some(windows) = &mut self.windows {
+            windows.lose(asid);
+        }
         for owner in self.owner.iter_mut().filter(|owner| **owner == asid) {
             *owner = 0;
         }
@@ -588,8 +596,15 @@ impl Tlb {
         }
     }
 
+    fn lose_windows(&mut self) {
+        if let Some(windows) = &mut self.windows {
+            windows.lose_all();
+        }
+    }
+
     /// Forgets the entries of all PCIDs; `pcid` is the one in use.
     pub fn forget_all(&mut self, pcid: u64) {
+        self.lose_windows();
         self.owner.fill(0);
         self.pcid_asid.fill(0);
         self.exec.fill(ExecEntry::default());
@@ -674,6 +689,9 @@ impl Tlb {
 
     /// Forgets one page in every context of the present address space, and in all if it is global.
     pub fn forget_page(&mut self, lin: u64) {
+        if let Some(windows) = &mut self.windows {
+            windows.forget(lin & !0xfff);
+        }
         // Translations of other address spaces stay, but for those of global pages (SDM 3A 4.10.4.1).
         let all = lin >> 63 != 0 || self.low_global;
         let spaces = if all { &mut self.spaces[..] } else { &mut self.spaces[self.space..=self.space] };
@@ -693,6 +711,9 @@ impl Tlb {
     /// Forgets that host pages are writable: all write entries that lead to the
     /// page at this host address.
     pub fn forget_writable(&mut self, host_page: u64) {
+        if let Some(windows) = &mut self.windows {
+            windows.forget_writable(host_page);
+        }
         for set in self.spaces.iter_mut().flatten().filter(|set| set.filled != 0) {
             let known = set.filled <= LOG;
             for n in 0..if known { set.filled } else { ENTRIES } {
@@ -733,7 +754,9 @@ impl Cpu {
     pub fn flush_tlb_all(&mut self) {
         self.audit_invalidated(Invalidated::All);
         self.stats.flushes += 1;
+        let windows = self.window_owner();
         self.tlb.forget_all(self.current_pcid());
+        self.keep_windows(windows);
         self.update_exec_key();
     }
 
@@ -741,7 +764,9 @@ impl Cpu {
     pub fn flush_tlb_current(&mut self) {
         self.stats.flushes += 1;
         let pcid = self.current_pcid();
+        let windows = self.window_owner();
         self.tlb.forget_pcid(pcid, true);
+        self.keep_windows(windows);
         self.update_exec_key();
     }
 
@@ -749,7 +774,9 @@ impl Cpu {
     pub fn flush_tlb_pcid(&mut self, pcid: u64) {
         self.stats.flushes += 1;
         let current = self.current_pcid() == pcid;
+        let windows = self.window_owner();
         self.tlb.forget_pcid(pcid, current);
+        self.keep_windows(windows);
         self.update_exec_key();
     }
 
@@ -769,7 +796,9 @@ impl Cpu {
     pub fn tlb_switch(&mut self, keep: bool) {
         self.stats.flushes += 1;
         let keep = keep && self.config.optimise.pcid;
+        let windows = self.window_owner();
         self.tlb.switch(self.current_pcid(), keep);
+        self.keep_windows(windows);
         self.update_exec_key();
     }
 

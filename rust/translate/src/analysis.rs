@@ -6,6 +6,7 @@ use iced_x86::{
     OpAccess, OpKind, Register, RflagsBits,
 };
 use nonroot_interpret::state::Mode;
+use nonroot_interpret::window::Part;
 use nonroot_native::Class;
 
 /// The six status flags in iced's bits.
@@ -128,6 +129,8 @@ pub struct Guest {
     pub implicit_rax: bool,
     /// It needs the status flags, or leaves some of them as they were.
     pub flags_needed: bool,
+    /// It reads status flags.
+    pub flags_read: bool,
     /// It changes status flags.
     pub flags_changed: bool,
     /// 0: no vector registers; 1: SSE; 2: AVX.
@@ -140,6 +143,10 @@ pub struct Guest {
     pub stack_delta: Option<i32>,
     /// Bytes of its stack access at RSP (POP, RET) or below it (PUSH, CALL).
     pub stack: Stack,
+    /// It reaches memory without a lookup, which leaves the host's flags alone.
+    pub windowed: bool,
+    /// The windows of its memory operand and of its stack access then.
+    pub parts: [Option<Part>; 2],
 }
 
 /// The implicit stack access.
@@ -175,7 +182,7 @@ impl Guest {
                 | Kind::Syscall
                 | Kind::Sysret
         );
-        memory || other || self.stack != Stack::None
+        (memory || self.stack != Stack::None) && !self.windowed || other
     }
 }
 
@@ -680,6 +687,7 @@ pub fn guest(
         writes: 0,
         implicit_rax: implicit_rax(i),
         flags_needed: false,
+        flags_read: false,
         flags_changed: false,
         vectors,
         x87: x87.is_some(),
@@ -687,6 +695,8 @@ pub fn guest(
             && !matches!(i.mnemonic(), Fninit | Fnclex | Fnstsw | Fnstcw | Fldcw),
         stack_delta: None,
         stack: Stack::None,
+        windowed: false,
+        parts: [None; 2],
     };
     let used = info.info_options(i, InstructionInfoOptions::NONE);
     for u in used.used_registers() {
@@ -711,6 +721,7 @@ pub fn guest(
     }
     let changed = i.rflags_modified() & STATUS;
     g.flags_changed = changed != 0;
+    g.flags_read = i.rflags_read() & STATUS != 0;
     g.flags_needed = i.rflags_read() & STATUS != 0 || changed != 0 && changed != STATUS;
     // A shift by zero leaves all flags.
     if matches!(i.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd | Rol | Ror | Rcl | Rcr) {
@@ -738,7 +749,7 @@ pub fn guest(
         _ => g.stack_delta = Some(0),
     }
     if matches!(kind, Kind::Pushf | Kind::Syscall | Kind::Sysret) {
-        g.flags_needed = true;
+        (g.flags_needed, g.flags_read) = (true, true);
     }
     // Registers without a host register need a scratch register each; see `emit`.
     let mut spilled = Vec::new();

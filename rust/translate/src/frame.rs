@@ -8,6 +8,7 @@ use crate::assembler::{at, host, Assembler, Mem};
 use crate::x87;
 use nonroot_interpret::cpu::Cpu;
 use nonroot_interpret::tlb;
+use nonroot_interpret::window::Part;
 use nonroot_native::VectorState;
 use std::mem::offset_of;
 
@@ -56,6 +57,8 @@ pub mod exit {
     pub const WIDE: u32 = 5;
     /// An interpreted instruction ended with an exit; the vCPU has all state.
     pub const EXIT: u32 = 6;
+    /// As SINGLE; an access by a window failed, in the block [`super::Frame::link`].
+    pub const WINDOW: u32 = 7;
 }
 
 /// The context of generated code.
@@ -161,6 +164,20 @@ pub struct Frame {
     pub string: [u64; 2],
     /// GS base at privilege level 3; 0: none for 64-bit code now.
     pub gs_user: u64,
+    /// The TLB set of code that uses the windows, whose GS base is theirs.
+    pub set: u64,
+    /// The bits of an address that tell which window it is in.
+    pub window_mask: u64,
+    /// The bits of an address that are the host's where it may be in either window.
+    pub either_mask: u64,
+    /// A guest address that turned out to be in another window than was thought; 0: none.
+    pub strayed: u64,
+    /// RAX, R15 and RFLAGS around a page that is missed in a window.
+    pub missed: [u64; 3],
+    /// 1: the code that runs uses the windows.
+    pub window: u8,
+    /// 1: code at privilege level 3 does.
+    pub window_user: u8,
 }
 
 macro_rules! field {
@@ -226,6 +243,8 @@ pub struct Routines {
     pub load_x87: usize,
     /// Goes to the code of the instruction pointer in RAX, if it is known; flags are saved.
     pub jump: usize,
+    /// A page that is missed in a window: RAX: linear address, R15D: see [`missed`]. EAX: 0 if it is there now.
+    pub missed: usize,
     /// Has [`Frame::callee`] interpreted, which is at [`Frame::offset`], and goes on; flags are saved.
     pub callout: usize,
 }
@@ -266,6 +285,20 @@ fn mxcsr(a: &mut Assembler, load: bool, m: Mem) {
 
 /// Fills the TLB for an access; 0 if it was.
 pub type Refill = unsafe extern "sysv64" fn(*mut Frame, u64, u32) -> u32;
+/// What the argument of [`Routines::missed`] says besides the access's bytes.
+pub mod missed {
+    /// It is a write.
+    pub const WRITE: u32 = 1 << 31;
+    /// The address is not what it was thought to be.
+    pub const STRAYED: u32 = 1 << 30;
+    /// It was thought to be in the lower window.
+    pub const LOW: u32 = 1 << 29;
+    /// It is that of the stack.
+    pub const STACK: u32 = 1 << 28;
+    /// It was thought to be in one of the windows.
+    pub const EITHER: u32 = 1 << 27;
+}
+
 /// The guest's time-stamp counter.
 pub type TimeStamp = unsafe extern "sysv64" fn(*const Frame) -> u64;
 /// Runs [`Frame::callee`]: 0 to leave.
@@ -310,26 +343,55 @@ fn registers_to_frame(a: &mut Assembler, avx: bool) {
     a.fill(none, here);
 }
 
-/// R15: offset of the slot of the instruction pointer in RAX.
-pub fn jump_hash(a: &mut Assembler) {
+/// Looks at each way of the instruction pointer in RAX.
+fn jump_ways(a: &mut Assembler, failed: usize, windowed: bool) {
+    jump_hash(a, windowed);
+    for way in 0..tlb::JUMP_WAYS {
+        if way > 0 {
+            // From way - 1 to way.
+            a.bytes(&[0x49, 0x83, 0xf7, (16 * (way ^ (way - 1))) as u8]); // xor r15, imm8
+        }
+        jump_compare(a, windowed);
+        let next = a.jcc(5);
+        jump_take(a, windowed);
+        let here = a.here();
+        a.fill(next, here);
+    }
+    a.jmp_to(failed);
+}
+
+/// `opcode reg, [m]`, where R15 in it is the offset in the present set, or with windows the address there.
+pub fn in_set(a: &mut Assembler, wide: bool, opcode: &[u8], reg: u8, m: Mem, windowed: bool) {
+    if windowed {
+        a.mem(wide, opcode, reg, m);
+    } else {
+        a.gs_mem(wide, opcode, reg, m);
+    }
+}
+
+/// R15: offset of the slot of the instruction pointer in RAX; see [`in_set`].
+pub fn jump_hash(a: &mut Assembler, windowed: bool) {
     a.reg(false, &[0x69], host::R15, host::RAX); // imul r15d, eax, imm32
     a.bytes(&tlb::JUMP_HASH.to_le_bytes());
     a.bytes(&[0x41, 0xc1, 0xef, 14]); // shr r15d, 14
     a.bytes(&[0x41, 0x81, 0xe7, 0xf0, 0xff, 3, 0]); // and r15d, 0x3fff0
+    if windowed {
+        a.mem(true, &[0x03], host::R15, field!(set)); // add
+    }
 }
 
 /// Compares the instruction pointer in RAX with that of the slot at R15.
-pub fn jump_compare(a: &mut Assembler) {
+pub fn jump_compare(a: &mut Assembler, windowed: bool) {
     let lin = offset_of!(tlb::Set, jumps) + offset_of!(tlb::Jump, lin);
-    a.gs_mem(true, &[0x3b], host::RAX, at(host::R15, lin as i32));
+    in_set(a, true, &[0x3b], host::RAX, at(host::R15, lin as i32), windowed);
 }
 
 /// Goes to the code of the slot at R15, which is that of the instruction pointer in RAX.
-pub fn jump_take(a: &mut Assembler) {
+pub fn jump_take(a: &mut Assembler, windowed: bool) {
     a.bytes(&[0x48, 0x25, 0x00, 0xf0, 0xff, 0xff]); // and rax, -4096
     a.store(true, field!(code_page), host::RAX);
     let code = offset_of!(tlb::Set, jumps) + offset_of!(tlb::Jump, code);
-    a.gs_mem(false, &[0xff], 4, at(host::R15, code as i32)); // jmp
+    in_set(a, false, &[0xff], 4, at(host::R15, code as i32), windowed); // jmp
 }
 
 /// Inside a called routine: calls Rust with the frame, RAX and R15 as arguments, and keeps all registers but those.
@@ -377,6 +439,8 @@ pub struct Calls {
     pub callout: Callout,
     /// See [`TimeStamp`].
     pub time_stamp: TimeStamp,
+    /// As [`Refill`], for windows.
+    pub missed: Refill,
 }
 
 /// Emits the common routines.
@@ -433,22 +497,19 @@ pub fn routines(a: &mut Assembler, avx: bool, calls: Calls) -> Routines {
     r.jump = a.origin + a.here();
     a.mem_imm(7, field!(budget), 0);
     a.jcc_to(12, r.lookup_failed);
-    jump_hash(a);
-    for way in 0..tlb::JUMP_WAYS {
-        if way > 0 {
-            // From way - 1 to way.
-            a.bytes(&[0x41, 0x83, 0xf7, (16 * (way ^ (way - 1))) as u8]); // xor r15d, imm8
-        }
-        jump_compare(a);
-        let next = a.jcc(5);
-        jump_take(a);
-        let here = a.here();
-        a.fill(next, here);
-    }
-    a.jmp_to(r.lookup_failed);
+    a.mem(false, &[0x80], 7, field!(window)); // cmp byte [window], 0
+    a.bytes(&[0]);
+    let windowed = a.jcc(5);
+    jump_ways(a, r.lookup_failed, false);
+    let here = a.here();
+    a.fill(windowed, here);
+    jump_ways(a, r.lookup_failed, true);
 
     r.refill = a.origin + a.here();
     call_rust(a, avx, calls.refill as usize);
+
+    r.missed = a.origin + a.here();
+    call_rust(a, avx, calls.missed as usize);
 
     r.time_stamp = a.origin + a.here();
     call_rust(a, avx, calls.time_stamp as usize);
@@ -480,6 +541,30 @@ fn load_registers(a: &mut Assembler, base: u8, avx: bool) {
     mxcsr(a, true, at(base, offset_of!(VectorState, mxcsr) as i32));
 }
 
+/// What an address is shifted by to check which window it is in.
+pub const WINDOW_SHIFT: u32 = 27;
+/// Behind the frame: the byte at the shifted address is there for addresses of the upper window (from its page 128 + 1 on
+/// to 255), but not where an address above or below would lead to memory of the host or of the lower window ...
+const HIGH_TABLE: usize = size_of::<Frame>();
+const HIGH_THERE: (usize, usize) = ((1 << 19) + 0x1000, 1 << 20);
+/// ... and at the same from here on for those of the lower one. What cannot be in either, nor in the host's memory, may
+/// pass: it faults by itself.
+const LOW_TABLE: usize = HIGH_TABLE + (2 << 20);
+const LOW_THERE: (usize, usize) = (0, 0x1000);
+/// The third table is for both, and as long as any address needs, for none faults by itself.
+const EITHER_TABLE: usize = HIGH_TABLE + (4 << 20);
+const TABLES: usize = (4 << 20) + (1 << (64 - WINDOW_SHIFT));
+
+/// Where the byte for an address shifted in R15 is.
+pub fn window_table(part: Part) -> Mem {
+    let disp = match part {
+        Part::Low => LOW_TABLE,
+        Part::High => HIGH_TABLE,
+        Part::Either => EITHER_TABLE,
+    };
+    Mem { base: Some(host::RSP), index: Some((host::R15, 0)), disp: disp as i32 }
+}
+
 /// The stack of generated code, with the frame at its top.
 pub struct Stack {
     base: *mut u8,
@@ -490,6 +575,7 @@ unsafe impl Send for Stack {}
 
 const STACK: usize = 256 * 1024;
 const GUARD: usize = 4096;
+const MAPPED: usize = STACK + GUARD + TABLES;
 
 impl Stack {
     /// Maps a stack with an inaccessible page below it.
@@ -497,13 +583,32 @@ impl Stack {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping touches nothing that exists.
         let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), STACK + GUARD, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+            libc::mmap(std::ptr::null_mut(), MAPPED, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
         };
         if base == libc::MAP_FAILED {
             return Err("the system gives no memory for the stack of generated code".to_string());
         }
         // SAFETY: the first page of the mapping just made.
         unsafe { libc::mprotect(base, GUARD, libc::PROT_NONE) };
+        let protect = |from: usize, to: usize, rights| {
+            // SAFETY: inside of the mapping just made, behind the stack.
+            let done = unsafe { libc::mprotect(base.add(GUARD + STACK + from), to - from, rights) } == 0;
+            if done {
+                Ok(())
+            } else {
+                Err("the system does not protect the stack of generated code".to_string())
+            }
+        };
+        protect(0, TABLES, libc::PROT_NONE)?;
+        for (table, (from, to)) in [
+            (HIGH_TABLE, HIGH_THERE),
+            (LOW_TABLE, LOW_THERE),
+            (EITHER_TABLE, HIGH_THERE),
+            (EITHER_TABLE, LOW_THERE),
+        ] {
+            let table = table - size_of::<Frame>();
+            protect(table + from, table + to, libc::PROT_READ)?;
+        }
         Ok(Stack { base: base.cast() })
     }
 
@@ -517,6 +622,6 @@ impl Stack {
 impl Drop for Stack {
     fn drop(&mut self) {
         // SAFETY: mapped in new() with this size; no generated code runs.
-        unsafe { libc::munmap(self.base.cast(), STACK + GUARD) };
+        unsafe { libc::munmap(self.base.cast(), MAPPED) };
     }
 }

@@ -10,6 +10,7 @@
 //! * `emit`: blocks of them as host code;
 //! * `frame`: the context of running code, how it is entered and left;
 //! * `x87`: how the x87 state is given to the guest and taken back;
+//! * `faults`: how an access that faults goes on;
 //! * `arena`: the memory that it is in;
 //! * `translator`: running, chaining, dropping.
 //!
@@ -21,6 +22,7 @@ mod analysis;
 mod arena;
 mod assembler;
 mod emit;
+mod faults;
 mod frame;
 pub mod switches;
 mod translator;

@@ -15,6 +15,8 @@ nonroot_interpret::optimisations! {
         flag_overlays = "flag-overlays";
         /// What a register was is kept where flags can be made again from it, and it is about to change.
         flag_stashes = "flag-stashes";
+        /// Flags that a block overwrites before anybody sees them are not restored for rotations, INC and DEC before that.
+        dead_flags = "dead-flags";
         /// Guest registers without a host register are loaded only where they must be.
         spilled_operands = "spilled-operands";
         /// One TLB lookup serves accesses of a block that are near each other.
@@ -35,6 +37,8 @@ nonroot_interpret::optimisations! {
         time_stamps = "time-stamps";
         /// Instructions that are not translated are interpreted without leaving translated code.
         callouts = "callouts";
+        /// User code that runs for long reaches memory without lookups.
+        windows = "windows";
         /// Instructions that lie in two pages are translated.
         page_crossing = "page-crossing";
     }

@@ -4,15 +4,17 @@ use crate::analysis::{self, Abilities, Guest};
 use crate::arena::Arena;
 use crate::assembler::Assembler;
 use crate::emit::{self, Emitter, Link};
+use crate::faults::{self, Sites};
 use crate::frame::{self, exit, Calls, Frame, Routines, Stack};
 use crate::switches::Switches;
 use iced_x86::{Instruction, InstructionInfoFactory};
 use nonroot_interpret::accelerate::{Accelerator, Ran};
-use nonroot_interpret::code_cache::{Block, NO_PAGE};
+use nonroot_interpret::code_cache::{Block, NO_PAGE, WINDOWED};
 use nonroot_interpret::cpu::Cpu;
 use nonroot_interpret::flags::Flags;
 use nonroot_interpret::state::*;
 use nonroot_interpret::tlb::context;
+use nonroot_interpret::window::{Missed, Part, DISTANCE, LOW_END};
 use nonroot_memory::{P2M_FLAGS, P2M_FOREIGN, P2M_PRESENT};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -43,6 +45,33 @@ struct Statistics {
     flushes: u64,
     narrowed_blocks: u64,
     called_blocks: u64,
+    strayed: u64,
+    granted: u64,
+    windows: [u64; 2],
+}
+
+/// GS base of code that uses the windows.
+const WINDOW_BASE: u64 = DISTANCE.wrapping_neg();
+/// The mode key of 64-bit code that does not.
+const LONG: u64 = 4;
+/// Instructions that an address space runs at privilege level 3 before it gets the windows: at first, and after it lost
+/// them for not being worth their while; and after it lost them for another reason.
+const PATIENCE: u64 = 60_000_000;
+const MOST_PATIENCE: u64 = 1 << 34;
+const LITTLE_PATIENCE: u64 = 2_000_000;
+
+/// Who is to have the windows.
+#[derive(Default)]
+struct Candidate {
+    /// Page table of who runs now, and instructions since it does.
+    table: u64,
+    instructions: u64,
+    /// Instructions that it needs; by page table, if not the usual.
+    patience: HashMap<u64, u64>,
+    /// Nobody gets them: the host does not let them be.
+    hopeless: bool,
+    /// The thread that may have the signal.
+    thread: libc::pthread_t,
 }
 
 /// The translator of one vCPU.
@@ -73,6 +102,12 @@ pub struct Translator {
     refuse: HashMap<u32, [u32; 2]>,
     /// Blocks whose code goes on with that of others, by each of those.
     longer: HashMap<*mut Block, Vec<*mut Block>>,
+    /// Instructions that may fault.
+    sites: Box<Sites>,
+    /// Which window instructions use (`None`: neither), and how often they were wrong: by twice the guest-physical
+    /// address, plus one for the stack.
+    places: HashMap<u64, (Option<Part>, u8)>,
+    candidate: Candidate,
     statistics: Statistics,
 }
 
@@ -108,6 +143,33 @@ unsafe extern "sysv64" fn refill(frame: *mut Frame, lin: u64, what: u32) -> u32 
         cpu.tlb_context_changed();
     }
     u32::from(!cpu.enter_page(lin, (what & 0xffff) as usize, what >> 31 != 0))
+}
+
+/// Has the pages of an access be in the windows; 0 if it can now go on.
+///
+/// # Safety
+/// Called by generated code with its frame, to whose vCPU nothing else refers.
+unsafe extern "sysv64" fn missed(frame: *mut Frame, lin: u64, what: u32) -> u32 {
+    // SAFETY: by the contract; `enter` uses no reference to frame or vCPU while generated code runs.
+    let (f, cpu) = unsafe { (&mut *frame, &mut *(*frame).cpu) };
+    if f.crossed != 0 {
+        take_privilege(f, cpu);
+    }
+    let part = match what & (frame::missed::LOW | frame::missed::EITHER) {
+        0 => Part::High,
+        frame::missed::LOW => Part::Low,
+        _ => Part::Either,
+    };
+    // Where it may be in either, its address is the host's by then.
+    let host = part == Part::Either && what & frame::missed::STRAYED == 0;
+    let lin = if host && lin >= LOW_END { lin.wrapping_add(DISTANCE) } else { lin };
+    f.strayed = 0;
+    if what & frame::missed::STRAYED != 0 || !part.has(lin) {
+        f.strayed = lin & !3 | 2 | u64::from(what & frame::missed::STACK != 0);
+        return 1;
+    }
+    let write = what & frame::missed::WRITE != 0;
+    u32::from(cpu.fill_windows(lin, (what & 0xffff) as usize, write) != Missed::Filled)
 }
 
 /// The guest's time-stamp counter for translated code.
@@ -164,7 +226,9 @@ fn give_state(f: &mut Frame, cpu: &mut Cpu) {
     f.pending = u8::from(cpu.interrupt_waiting());
     f.kernel_gs = cpu.msr.kernel_gs_base;
     let (context, mode) = (cpu.tlb.context, cpu.cache.mode_key);
-    f.gs = cpu.tlb.set(context, mode) as u64;
+    f.set = cpu.tlb.set(context, mode) as u64;
+    f.window = u8::from(mode == WINDOWED);
+    f.gs = if mode == WINDOWED { WINDOW_BASE } else { f.set };
     if context == context::SUPERVISOR || context == context::SUPERVISOR_AC {
         f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
         let smap = cpu.r.cr4 & cr4::SMAP != 0;
@@ -182,7 +246,8 @@ fn give_state(f: &mut Frame, cpu: &mut Cpu) {
 
 /// What SYSCALL and SYSRETQ need.
 fn give_syscalls(f: &mut Frame, cpu: &mut Cpu) {
-    let mode = cpu.cache.mode_key;
+    let user_mode = if cpu.window_is_here() { WINDOWED } else { LONG };
+    let mode = LONG;
     let kept = !cpu.msr.fmask;
     f.syscalls = 1;
     f.lstar = cpu.msr.lstar;
@@ -191,11 +256,17 @@ fn give_syscalls(f: &mut Frame, cpu: &mut Cpu) {
     f.syscall_status = ((kept & rflags::STATUS) as u16 & 0xff) << 8 | 2 << 8 | overflow;
     if f.cpl == 3 {
         f.gs_user = if cpu.tlb.context == context::USER { f.gs } else { 0 };
+        f.window_user = f.window;
         f.gs_open = cpu.tlb.set(context::SUPERVISOR_AC, mode) as u64;
         let smap = cpu.r.cr4 & cr4::SMAP != 0;
         f.gs_closed = if smap { cpu.tlb.set(context::SUPERVISOR, mode) as u64 } else { f.gs_open };
     } else {
-        f.gs_user = cpu.tlb.set_of_mode(context::USER, mode).map_or(0, |set| set as u64);
+        f.gs_user = cpu.tlb.set_of_mode(context::USER, user_mode).map_or(0, |set| set as u64);
+        f.window_user = u8::from(user_mode == WINDOWED && f.gs_user != 0);
+        if f.window_user != 0 {
+            f.set = f.gs_user;
+            f.gs_user = WINDOW_BASE;
+        }
     }
 }
 
@@ -248,10 +319,12 @@ impl Translator {
         let avx = std::arch::is_x86_feature_detected!("avx") && std::arch::is_x86_feature_detected!("avx2");
         let mut arena = Arena::new(CAPACITY)?;
         let mut a = Assembler::new(64);
-        let routines = frame::routines(&mut a, avx, Calls { refill, callout, time_stamp });
+        let routines = frame::routines(&mut a, avx, Calls { refill, callout, time_stamp, missed });
         arena.push(&[0xcc; 64], &[]);
         arena.push(&a.code, &[]);
         let floor = arena.position();
+        let mut switches = switches;
+        switches.windows &= std::arch::is_x86_feature_detected!("bmi2");
         let x87 = switches.x87 && std::arch::is_x86_feature_detected!("xsave");
         let abilities = Abilities {
             avx,
@@ -279,6 +352,9 @@ impl Translator {
             incoming: HashMap::new(),
             refuse: HashMap::new(),
             longer: HashMap::new(),
+            sites: Box::default(),
+            places: HashMap::new(),
+            candidate: Candidate::default(),
             statistics: Statistics::default(),
         })
     }
@@ -300,6 +376,7 @@ impl Translator {
         self.abilities.strings = false;
         self.abilities.time_stamps = false;
         self.switches.jump_lookup = false;
+        self.switches.windows = false;
     }
 
     fn forget_all(&mut self) {
@@ -309,6 +386,8 @@ impl Translator {
         self.refuse.clear();
         self.incoming.clear();
         self.longer.clear();
+        self.sites.list.clear();
+        self.places.clear();
         self.pending = None;
         self.statistics.flushes += 1;
     }
@@ -350,20 +429,31 @@ impl Translator {
         if let (Some(guests), false) = (&mut plan, crosses) {
             self.lengthen(cpu, b, guests);
         }
-        let translated =
-            plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu.mode, groups).run().ok());
+        let windowed = cpu.cache.mode_key == WINDOWED;
+        if let (Some(guests), true) = (&mut plan, windowed) {
+            let page = b.gpa & !0xfff;
+            let places = &mut self.places;
+            let mut choice = |offset: u16, stack: bool, part: Part| {
+                let key = (page | u64::from(offset)) << 1 | u64::from(stack);
+                places.entry(key).or_insert((Some(part), 0)).0
+            };
+            let (registers, fs) = (&cpu.r.gpr[..16], cpu.r.seg[seg::FS].base);
+            emit::Outlook { registers, rip: cpu.r.rip, fs, choice: &mut choice }.plan(guests);
+        }
+        let translated = plan.as_ref().and_then(|guests| self.emitter(guests, start, cpu, groups).run().ok());
         if translated.is_none() {
             self.statistics.untranslatable_blocks += 1;
         }
         let translated = match translated {
             Some(translated) => translated,
             None if self.switches.callouts && !crosses => {
-                self.emitter(&[], start, cpu.mode, groups).callout(b as *const Block as u64)
+                self.emitter(&[], start, cpu, groups).callout(b as *const Block as u64)
             }
             None => return,
         };
         self.arena.push(&translated.often, &translated.rarely);
         self.links.extend(translated.links);
+        self.sites.list.extend(translated.sites);
         self.blocks.push((b, 0));
         b.native = translated.entry.map(|at| at as u32);
         self.refuse.insert(b.native[0], translated.refuse.map(|at| at as u32));
@@ -432,20 +522,38 @@ impl Translator {
         found
     }
 
+    /// An access was not where it was thought to be: the next time it is looked for where it was, or looked up.
+    fn was_elsewhere(&mut self, cpu: &mut Cpu, number: u32, strayed: u64) {
+        let Some(&(block, _)) = self.blocks.get(number as usize) else { return };
+        // SAFETY: blocks live until the next flush, which empties the list.
+        let gpa = unsafe { (*block).gpa } & !0xfff | cpu.r.rip & 0xfff;
+        let there = Part::of(strayed & !3).map(|_| Part::Either);
+        let (part, changes) = self.places.entry(gpa << 1 | strayed & 1).or_insert((None, 0));
+        *part = there.filter(|_| *changes == 0);
+        *changes = changes.saturating_add(1);
+        self.statistics.strayed += 1;
+        self.translate_again(cpu, number, true);
+    }
+
     /// A lookup for several instructions failed: if that goes on, each gets one of its own.
     fn failed_wide(&mut self, cpu: &mut Cpu, number: u32) {
-        let Some((block, count)) = self.blocks.get_mut(number as usize) else { return };
+        let Some((_, count)) = self.blocks.get_mut(number as usize) else { return };
         *count += 1;
-        if *count != 8 {
-            return;
+        if *count == 8 {
+            self.translate_again(cpu, number, false);
+            self.statistics.narrowed_blocks += 1;
         }
+    }
+
+    fn translate_again(&mut self, cpu: &mut Cpu, number: u32, groups: bool) {
+        let Some((block, _)) = self.blocks.get_mut(number as usize) else { return };
         // SAFETY: blocks live until the next flush, which empties the list.
         let b = unsafe { &mut **block };
         let old = b.native;
         if old[0] <= NEVER {
             return;
         }
-        self.translate(cpu, b, false);
+        self.translate(cpu, b, groups);
         if b.native[0] <= NEVER || !self.refuse.contains_key(&old[0]) {
             return;
         }
@@ -457,7 +565,6 @@ impl Translator {
             self.arena.patch(old as usize, &[0xe9]);
             self.jump_from(old as usize + 1, new as usize);
         }
-        self.statistics.narrowed_blocks += 1;
     }
 
     /// Nothing enters a block's code any more; `instead` is put in its place.
@@ -480,12 +587,12 @@ impl Translator {
             return;
         }
         let origin = self.arena.position();
-        let code = self.emitter(&[], 0, cpu.mode, true).crossing(target, live);
+        let code = self.emitter(&[], 0, cpu, true).crossing(target, live);
         self.arena.push(&code, &[]);
         self.jump_from(site, origin);
     }
 
-    fn emitter<'a>(&self, guests: &'a [Guest], start: u16, mode: Mode, groups: bool) -> Emitter<'a> {
+    fn emitter<'a>(&self, guests: &'a [Guest], start: u16, cpu: &Cpu, groups: bool) -> Emitter<'a> {
         let switches = emit::Switches {
             lookup: self.switches.jump_lookup,
             recipes: self.switches.flag_recipes,
@@ -493,18 +600,77 @@ impl Translator {
             spilled: self.switches.spilled_operands,
             overlays: self.switches.flag_overlays,
             stashes: self.switches.flag_stashes,
+            dead: self.switches.dead_flags,
             apart: self.switches.cold_apart,
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            windowed: cpu.cache.mode_key == WINDOWED,
         };
         let (first_link, block) = (self.links.len() as u32, self.blocks.len() as u32);
         let (origin, rare) = (self.arena.position(), self.arena.rare_position());
         let place = emit::Place { start, origin, rare, first_link, block };
-        Emitter::new(guests, mode, place, self.routines, switches)
+        Emitter::new(guests, cpu.mode, place, self.routines, switches)
     }
 
     fn jump_from(&mut self, hole: usize, target: usize) {
         let relative = target as i64 - (hole as i64 + 4);
         self.arena.patch(hole, &(relative as i32).to_le_bytes());
+    }
+
+    /// This thread may have the signal of faults in windows.
+    fn let_fault(&mut self) {
+        // SAFETY: it names the calling thread, and touches nothing.
+        let thread = unsafe { libc::pthread_self() };
+        if self.candidate.thread != thread {
+            faults::unblock();
+            self.candidate.thread = thread;
+        }
+    }
+
+    /// After user code ran: whether its address space is to have the windows, or to have them no more.
+    fn consider_windows(&mut self, cpu: &mut Cpu, kind: u32, ran: u64) {
+        let table = cpu.r.cr3 & !0xfff;
+        let c = &mut self.candidate;
+        if c.hopeless || cpu.mode != Mode::Long64 {
+            return;
+        }
+        if cpu.windowed() {
+            if cpu.windows_are_refused() {
+                c.hopeless = true;
+                cpu.revoke_windows();
+            } else if !cpu.windows_are_worth(ran) {
+                let patience = c.patience.entry(table).or_insert(PATIENCE);
+                *patience = (*patience * 8).clamp(8 * PATIENCE, MOST_PATIENCE);
+                c.instructions = 0;
+                cpu.revoke_windows();
+            }
+            self.statistics.windows = cpu.window_statistics().into();
+            return;
+        }
+        if c.table != table {
+            (c.table, c.instructions) = (table, 0);
+        }
+        c.instructions += ran;
+        let patience = if self.hot == 1 { 1 } else { c.patience.get(&table).copied().unwrap_or(PATIENCE) };
+        if kind != exit::NEXT && self.hot != 1
+            || c.instructions < patience
+            || cpu.tlb.context != context::USER
+        {
+            return;
+        }
+        c.instructions = 0;
+        if c.patience.len() > 64 {
+            c.patience.clear();
+        }
+        c.patience.entry(table).or_insert(LITTLE_PATIENCE);
+        self.sites.arena = (self.arena.address(0), CAPACITY as u64);
+        let granted = cpu.grant_windows().and_then(|()| faults::claim(&self.sites));
+        match granted {
+            Ok(()) => self.statistics.granted += 1,
+            Err(_) => {
+                cpu.revoke_windows();
+                self.candidate.hopeless = true;
+            }
+        }
     }
 
     /// Runs translated code until it ends.
@@ -520,6 +686,11 @@ impl Translator {
         f.fpu = &mut cpu.fpu;
         f.cpu = cpu;
         f.code = code;
+        f.window_mask = u64::MAX << frame::WINDOW_SHIFT;
+        f.either_mask = DISTANCE - 1;
+        if f.window | f.window_user != 0 {
+            self.let_fault();
+        }
         // SAFETY: the address is that of the routine, which has this signature.
         let run: unsafe extern "sysv64" fn(*mut Frame) =
             unsafe { std::mem::transmute(self.arena.address(self.routines.enter)) };
@@ -534,11 +705,22 @@ impl Translator {
         self.statistics.native_instructions += f.ran;
         self.statistics.called_blocks += f.called;
         self.statistics.exits[f.kind as usize & 7] += 1;
-        match f.kind {
+        let (kind, link, strayed) = (f.kind, f.link, f.strayed);
+        if self.switches.windows && cpu.cpl == 3 {
+            let ran = f.ran;
+            self.consider_windows(cpu, kind, ran);
+        }
+        match kind {
             exit::SINGLE => Ran::Single,
+            exit::WINDOW => {
+                if strayed != 0 {
+                    self.was_elsewhere(cpu, link, strayed);
+                }
+                Ran::Single
+            }
             exit::EXIT => Ran::Exit,
             exit::WIDE => {
-                self.failed_wide(cpu, f.link);
+                self.failed_wide(cpu, link);
                 Ran::Single
             }
             exit::BLOCK => {
@@ -546,11 +728,17 @@ impl Translator {
                 Ran::Again
             }
             exit::CHAIN => {
-                self.pending = Some((f.link, cpu.r.rip, cpu.cache.exec_key));
+                self.pending = Some((link, cpu.r.rip, cpu.cache.exec_key));
                 Ran::Again
             }
             _ => Ran::Again,
         }
+    }
+}
+
+impl Drop for Translator {
+    fn drop(&mut self) {
+        faults::release(&self.sites);
     }
 }
 
@@ -623,6 +811,7 @@ impl Accelerator for Translator {
             ("native_entries", s.entries),
             ("interpreted_blocks", s.interpreted_blocks),
             ("native_exits_single", s.exits[exit::SINGLE as usize] + s.exits[exit::WIDE as usize]),
+            ("native_exits_window", s.exits[exit::WINDOW as usize]),
             ("native_exits_block", s.exits[exit::BLOCK as usize]),
             ("native_exits_chain", s.exits[exit::CHAIN as usize]),
             ("native_exits_budget", s.exits[exit::NEXT as usize]),
@@ -630,6 +819,10 @@ impl Accelerator for Translator {
             ("chained_jumps", s.chained),
             ("narrowed_blocks", s.narrowed_blocks),
             ("called_blocks", s.called_blocks),
+            ("windows_granted", s.granted),
+            ("window_pages", s.windows[0]),
+            ("windows_lost", s.windows[1]),
+            ("window_accesses_elsewhere", s.strayed),
             ("code_flushes", s.flushes),
             ("code_bytes", self.arena.used() as u64),
         ]

@@ -1,9 +1,10 @@
 //! Code that runs rarely, after the rest of the block: refills, exits, jumps not chained yet.
 
 use super::flags::{Flags, Recipe};
+use super::window::Place;
 use super::{Emitter, Link, R15, RAX};
 use crate::assembler::{at, Hole};
-use crate::frame::{exit, field};
+use crate::frame::{self, exit, field};
 use nonroot_interpret::tlb;
 use std::mem::offset_of;
 
@@ -21,6 +22,8 @@ pub(super) enum Cold {
     Backward { from: Hole, target: u16, flags: Flags },
     /// A branch to another page.
     Across { from: Hole, target: i32, flags: Flags },
+    /// An instruction, or the check before one, that faulted in a window.
+    Window { site: usize, place: Place, what: u32, exit: SideExit },
     /// Vector registers are not the guest's yet.
     Vectors { from: Hole, again: usize, needed: u8, exit: SideExit },
     /// The x87 state is not the guest's yet.
@@ -35,7 +38,7 @@ pub(super) enum Cold {
 pub(super) struct SideExit {
     pub(super) kind: u32,
     pub(super) offset: u16,
-    /// Goes with [`exit::WIDE`].
+    /// Goes with [`exit::WIDE`] and [`exit::WINDOW`].
     pub(super) block: u32,
     /// Instructions of the part of the block that are complete, less those that were counted.
     pub(super) adjust: i32,
@@ -70,7 +73,7 @@ impl Emitter<'_> {
         self.a.store_imm(field!(kind), exit.kind as i32);
         self.a.store_imm(field!(offset), i32::from(exit.offset));
         self.a.store_imm(field!(adjust), exit.adjust);
-        if exit.kind == exit::WIDE {
+        if matches!(exit.kind, exit::WIDE | exit::WINDOW) {
             self.a.store_imm(field!(link), exit.block as i32);
         }
         let leave = if exit.flags == Flags::Saved { self.routines.leave } else { self.routines.leave_live };
@@ -90,7 +93,7 @@ impl Emitter<'_> {
             Cold::Refill { from, again, bytes, write, exit } => {
                 self.a.fill(from, here);
                 let tag = if write { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) };
-                self.a.gs_mem(true, &[0x33], RAX, at(R15, tag as i32));
+                frame::in_set(&mut self.a, true, &[0x33], RAX, at(R15, tag as i32), self.windowed);
                 self.a.bytes(&[0x41, 0xbf]); // mov r15d, imm32
                 self.a.bytes(&(u32::from(bytes) | u32::from(write) << 31).to_le_bytes());
                 self.a.call_to(self.routines.refill);
@@ -127,6 +130,7 @@ impl Emitter<'_> {
                 self.flags = flags;
                 self.across(target);
             }
+            Cold::Window { site, place, what, exit } => self.missed(site, place, what, exit),
             Cold::Vectors { from, again, needed, exit } => {
                 self.a.fill(from, here);
                 self.a.mem(false, &[0xf6], 0, field!(vectors_allowed));

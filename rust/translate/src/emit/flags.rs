@@ -79,19 +79,28 @@ fn in_set(registers: u16, register: u8) -> bool {
 impl Emitter<'_> {
     /// What happens first to the flags that the block begins with.
     pub(super) fn first_event(&self) -> Event {
+        // An instruction before this one leaves some flags as they were, but does not look at any.
+        let mut handed_on = false;
         for (n, g) in self.guests.iter().enumerate() {
-            if g.spoils() {
-                return Event::Spoil;
+            if g.spoils() || g.windowed {
+                return if handed_on { Event::Need } else { Event::Spoil };
             }
-            if g.kind == Kind::Jump && n + 1 == self.guests.len() {
+            if g.kind == Kind::Jump && n + 1 == self.guests.len() && !handed_on {
                 return self.edge_event(g.i.near_branch_target() as i32);
             }
-            if g.flags_needed || g.kind == Kind::Branch {
+            if g.flags_read || g.kind == Kind::Branch || g.flags_needed && !self.switches.dead {
                 return Event::Need;
+            }
+            if g.flags_needed {
+                handed_on = true;
+                continue;
             }
             if g.flags_changed {
                 return Event::Overwrite;
             }
+        }
+        if handed_on {
+            return Event::Need;
         }
         self.edge_event(self.guests[self.guests.len() - 1].i.next_ip() as i32)
     }
@@ -361,7 +370,8 @@ impl Emitter<'_> {
             _ => return None,
         };
         let sources = i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Memory;
-        if !self.switches.stashes || !sources || g.implicit_rax || !g.kills_flags() {
+        // (The instruction itself may leave when it is in a window, with flags made from what is kept now.)
+        if !self.switches.stashes || !sources || g.implicit_rax || !g.kills_flags() || g.windowed {
             return None;
         }
         let (size, left) = (i.op0_register().size() as u8, analysis::number(i.op0_register())?);

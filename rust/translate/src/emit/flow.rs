@@ -108,10 +108,10 @@ impl Emitter<'_> {
         }
         self.a.mem_imm(7, field!(budget), 0);
         let used_up = self.a.jcc(12);
-        frame::jump_hash(&mut self.a);
-        frame::jump_compare(&mut self.a);
+        frame::jump_hash(&mut self.a, self.windowed);
+        frame::jump_compare(&mut self.a, self.windowed);
         let unknown = self.a.jcc(5);
-        frame::jump_take(&mut self.a);
+        frame::jump_take(&mut self.a, self.windowed);
         vec![used_up, unknown]
     }
 
@@ -172,10 +172,10 @@ impl Emitter<'_> {
     /// Pushes the address of the following instruction.
     pub(super) fn push_return(&mut self, g: &Guest) {
         let width = self.width();
-        let disp = self.access(self.stack_key(), -width, width as u16, true);
+        let place = self.reach(self.stack_key(), -width, width as u16, true, true);
         self.a.load(true, R15, field!(code_page));
         self.a.lea(self.long(), R15, at(R15, g.i.next_ip() as i32));
-        self.a.store(self.long(), at(RAX, disp), R15);
+        self.store_place(self.long(), &place, R15);
         self.move_stack(-width);
     }
 
@@ -192,6 +192,24 @@ impl Emitter<'_> {
         let mut undo = 0;
         let exit;
         match g.kind {
+            Kind::Return if g.windowed => {
+                self.group = None;
+                if let Flags::Recipe(r) = self.flags {
+                    self.cook(r);
+                    self.flags = Flags::Live(None);
+                }
+                if let Flags::Live(_) = self.flags {
+                    frame::save_flags(&mut self.a);
+                    self.flags = Flags::Saved;
+                }
+                self.count_now();
+                let place = self.reach(self.stack_key(), 0, width as u16, false, true);
+                exit = self.side_exit(exit::SINGLE);
+                self.load_place(self.long(), RAX, &place);
+                let extra = if g.i.op_count() == 1 { i32::from(g.i.immediate16()) } else { 0 };
+                undo = -(width + extra);
+                self.move_stack(width + extra);
+            }
             Kind::Return => {
                 let disp = self.access(self.stack_key(), 0, width as u16, false);
                 if let Flags::Recipe(r) = self.flags {
@@ -218,8 +236,8 @@ impl Emitter<'_> {
             _ => {
                 match &g.memory {
                     Some(m) => {
-                        let disp = self.memory(m);
-                        self.a.load(self.long(), RAX, at(RAX, disp));
+                        let place = self.memory(m);
+                        self.load_place(self.long(), RAX, &place);
                     }
                     None => {
                         let guest = analysis::number(g.i.op0_register()).ok_or("jump through no register")?;

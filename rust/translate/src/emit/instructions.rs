@@ -4,11 +4,13 @@ use super::cold::Cold;
 use super::flags::{Flags, How};
 use super::memory::Key;
 use super::spilled;
+use super::window::Place;
 use super::{register, Emitted, Emitter, R15, RAX};
 use crate::analysis::{self, Guest, Kind, RSP};
 use crate::assembler::{at, host, Mem};
 use crate::frame::{self, exit, field, HOST_OF};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use nonroot_interpret::window::Part;
 use std::mem::offset_of;
 
 /// The registers that may still have a guest register which has no host register of its own.
@@ -68,7 +70,7 @@ impl Emitter<'_> {
     pub(super) fn flags_before(&mut self, g: &Guest) {
         if g.flags_needed {
             self.want_flags();
-        } else if g.flags_changed && !self.counted {
+        } else if g.flags_changed && !self.counted && !g.windowed {
             // They are about to be overwritten, and nothing can exit before that.
             self.count_now();
         }
@@ -93,18 +95,22 @@ impl Emitter<'_> {
         }
         let mut place = None;
         if let Some(m) = &g.memory {
-            let disp = self.memory(m);
-            place = Some((RAX, disp));
+            if g.windowed && !matches!(self.flags, Flags::Live(_)) {
+                self.count_now();
+            }
+            place = Some(self.memory(m));
         }
         if g.flags_needed && matches!(self.flags, Flags::Recipe(_)) {
             // Leaves RAX alone.
             self.want_flags();
         }
         let restores = g.flags_needed && self.flags == Flags::Saved;
-        if let (Some((_, disp)), true) = (place, g.implicit_rax || restores) {
-            self.a.lea(true, R15, at(RAX, disp));
+        if let (Some(p), true) = (place, g.implicit_rax || restores) {
+            if p.uses(RAX) {
+                self.a.lea(true, R15, p.mem);
+                place = Some(Place { mem: at(R15, 0), ..p });
+            }
             self.group = None;
-            place = Some((R15, 0));
         }
         self.flags_before(g);
         if g.implicit_rax {
@@ -127,13 +133,13 @@ impl Emitter<'_> {
     }
 
     /// Encodes the instruction with host registers, its memory operand at `place`.
-    pub(super) fn encode(&mut self, g: &Guest, place: Option<(u8, i32)>) -> Emitted {
+    pub(super) fn encode(&mut self, g: &Guest, place: Option<Place>) -> Emitted {
         let mut out = g.i;
         let mut free: Vec<u8> = Vec::new();
-        if !g.implicit_rax && place.is_none_or(|(reg, _)| reg != RAX) {
+        if !g.implicit_rax && place.is_none_or(|p| !p.uses(RAX)) {
             free.push(RAX);
         }
-        if place.is_none_or(|(reg, _)| reg != R15) {
+        if place.is_none_or(|p| !p.uses(R15)) {
             free.push(R15);
         }
         let mut kept = self.kept_now();
@@ -193,17 +199,21 @@ impl Emitter<'_> {
             };
             out.set_op_register(n, register(reg, r.size()));
         }
-        if let Some((base, disp)) = place {
-            out.set_segment_prefix(Register::None);
-            out.set_memory_base(register(base, 8));
-            out.set_memory_index(Register::None);
-            out.set_memory_index_scale(1);
+        if let Some(place) = place {
+            let Mem { base, index, disp } = place.mem;
+            let prefix = if place.part == Some(Part::High) { Register::GS } else { Register::None };
+            out.set_segment_prefix(prefix);
+            out.set_memory_base(base.map_or(Register::None, |base| register(base, 8)));
+            out.set_memory_index(index.map_or(Register::None, |(index, _)| register(index, 8)));
+            out.set_memory_index_scale(index.map_or(1, |(_, scale)| 1 << scale));
             out.set_memory_displacement64(disp as i64 as u64);
             out.set_memory_displ_size(match disp {
+                _ if base.is_none() => 8,
                 0 => 0,
                 -128..=127 => 1,
                 _ => 8,
             });
+            self.touch(&place);
         }
         self.raw(&out)?;
         for (guest, reg) in scratch {
@@ -357,23 +367,22 @@ impl Emitter<'_> {
         let width = self.width();
         let mut value = None;
         if let Some(m) = &g.memory {
-            let disp = self.memory(m);
-            self.a.load(self.long(), R15, at(RAX, disp));
+            let place = self.memory(m);
+            self.load_place(self.long(), R15, &place);
             self.a.store(true, field!(temporary), R15);
             value = Some(R15);
         }
-        let disp = self.access(self.stack_key(), -width, width as u16, true);
-        let slot = at(RAX, disp);
+        let slot = self.reach(self.stack_key(), -width, width as u16, true, true);
         match g.i.op0_kind() {
             OpKind::Register => {
                 let guest = analysis::number(g.i.op0_register()).ok_or("PUSH of no register")?;
                 let reg = self.value(guest, R15);
-                self.a.store(self.long(), slot, reg);
+                self.store_place(self.long(), &slot, reg);
             }
             OpKind::Memory => {
                 debug_assert!(value.is_some());
                 self.a.load(true, R15, field!(temporary));
-                self.a.store(self.long(), slot, R15);
+                self.store_place(self.long(), &slot, R15);
             }
             _ => {
                 let immediate = g.i.immediate(0) as i64;
@@ -382,11 +391,8 @@ impl Emitter<'_> {
                 } else {
                     immediate as i32
                 };
-                if self.long() {
-                    self.a.store_imm_wide(slot, immediate);
-                } else {
-                    self.a.store_imm(slot, immediate);
-                }
+                self.at_place(self.long(), &[0xc7], 0, &slot);
+                self.a.bytes(&immediate.to_le_bytes());
             }
         }
         self.move_stack(-width);
@@ -396,15 +402,15 @@ impl Emitter<'_> {
     pub(super) fn pop(&mut self, g: &Guest) -> Emitted {
         let width = self.width();
         let guest = analysis::number(g.i.op0_register()).ok_or("POP to no register")?;
-        let disp = self.access(self.stack_key(), 0, width as u16, false);
+        let place = self.reach(self.stack_key(), 0, width as u16, false, true);
         if guest == RSP {
-            self.a.load(self.long(), host::R11, at(RAX, disp));
+            self.load_place(self.long(), host::R11, &place);
             return Ok(());
         }
         match HOST_OF[guest as usize] {
-            Some(reg) => self.a.load(self.long(), reg, at(RAX, disp)),
+            Some(reg) => self.load_place(self.long(), reg, &place),
             None => {
-                self.a.load(self.long(), R15, at(RAX, disp));
+                self.load_place(self.long(), R15, &place);
                 self.a.store(true, frame::spilled(guest), R15);
             }
         }
@@ -415,8 +421,8 @@ impl Emitter<'_> {
     pub(super) fn leave(&mut self) {
         let width = self.width();
         let key = Key { base: Some(analysis::RBP), index: None, rip: false, segment: 0, short: !self.long() };
-        let disp = self.access(key, 0, width as u16, false);
-        self.a.load(self.long(), R15, at(RAX, disp));
+        let place = self.reach(key, 0, width as u16, false, false);
+        self.load_place(self.long(), R15, &place);
         self.a.lea(self.long(), host::R11, at(host::RBP, width));
         self.a.mov(host::RBP, R15);
     }
@@ -428,8 +434,9 @@ impl Emitter<'_> {
         };
         let divisor = match &g.memory {
             Some(m) => {
-                let disp = self.memory(m);
-                self.a.load(wide, R15, at(RAX, disp));
+                self.spoil_flags();
+                let place = self.memory(m);
+                self.load_place(wide, R15, &place);
                 R15
             }
             None => {

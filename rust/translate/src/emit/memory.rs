@@ -1,6 +1,7 @@
 //! Memory operands: TLB lookups, and one lookup for several accesses.
 
 use super::cold::Cold;
+use super::window::Place;
 use super::{Emitter, R15, RAX};
 use crate::analysis::{Guest, Kind, Operand, Stack, RSP};
 use crate::assembler::{at, Mem};
@@ -30,6 +31,8 @@ pub(super) struct Group {
     pub(super) low: i64,
     pub(super) high: i64,
     pub(super) write: bool,
+    /// RAX holds the address in either window of the key alone instead.
+    pub(super) either: bool,
 }
 
 impl Emitter<'_> {
@@ -118,14 +121,17 @@ impl Emitter<'_> {
         self.a.bytes(&[0x41, 0x81, 0xe7]); // and r15d, imm32
         self.a.bytes(&(((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as u32).to_le_bytes());
         let tag = if write { offset_of!(tlb::Entry, write) } else { offset_of!(tlb::Entry, read) };
-        self.a.gs_mem(true, &[0x33], RAX, at(R15, tag as i32)); // xor rax, tag
+        if self.windowed {
+            self.a.mem(true, &[0x03], R15, field!(set)); // add
+        }
+        frame::in_set(&mut self.a, true, &[0x33], RAX, at(R15, tag as i32), self.windowed); // xor rax, tag
         self.a.bytes(&[0x48, 0x3d]); // cmp rax, imm32
         self.a.bytes(&(0x1000 - u32::from(bytes)).to_le_bytes());
         let hole = self.a.jcc(7);
         let exit = self.side_exit(if wide { exit::WIDE } else { exit::SINGLE });
         self.cold.push(Cold::Refill { from: hole, again, bytes, write, exit });
-        self.a.gs_mem(true, &[0x03], RAX, at(R15, offset_of!(tlb::Entry, host) as i32));
-        // add rax, host
+        let host = at(R15, offset_of!(tlb::Entry, host) as i32);
+        frame::in_set(&mut self.a, true, &[0x03], RAX, host, self.windowed); // add rax, host
     }
 
     /// Makes RAX plus the returned displacement the host address of an access.
@@ -134,7 +140,7 @@ impl Emitter<'_> {
         let normal = Self::normal_disp(&key, disp, self.delta);
         if let Some(group) = self.group {
             let inside = normal >= group.low && normal + i64::from(bytes) <= group.high;
-            if group.key == key && inside && (group.write || !write) {
+            if group.key == key && inside && (group.write || !write) && !group.either {
                 return (normal - group.low) as i32;
             }
         }
@@ -158,13 +164,26 @@ impl Emitter<'_> {
 
     /// What the next accesses near this one span.
     pub(super) fn extent(&self, key: Key, normal: i64, bytes: u16, write: bool) -> Group {
-        let mut group = Group { key, low: normal, high: normal + i64::from(bytes), write };
+        let mut group = Group { key, low: normal, high: normal + i64::from(bytes), write, either: false };
         if !self.switches.groups || self.at >= self.guests.len() {
             return group;
         }
         let registers = key.base.map_or(0, |r| 1 << r) | key.index.map_or(0, |(r, _)| 1 << r);
         let mut delta = self.delta;
         for (n, g) in self.guests[self.at..].iter().enumerate().take(LOOKAHEAD) {
+            if n > 0 && g.windowed {
+                // It needs no lookup.
+                match g.stack_delta {
+                    Some(change) => delta += i64::from(change),
+                    None if key.base == Some(RSP) => break,
+                    None => {}
+                }
+                let changed = if g.stack_delta.is_some() { g.writes & !(1 << RSP) } else { g.writes };
+                if changed & registers != 0 || g.implicit_rax {
+                    break;
+                }
+                continue;
+            }
             let include = |key2: Key, disp: i64, bytes: u16, write: bool, group: &mut Group| {
                 if key2 != key {
                     return;
@@ -222,6 +241,7 @@ impl Emitter<'_> {
 
     /// After an instruction: what it changed that a group rests on.
     pub(super) fn settle_group(&mut self, g: &Guest) {
+        self.settle_windows(g);
         match g.stack_delta {
             Some(change) => self.delta += i64::from(change),
             None => {
@@ -240,8 +260,12 @@ impl Emitter<'_> {
         }
     }
 
-    /// The memory operand of the present instruction: RAX plus the returned displacement.
-    pub(super) fn memory(&mut self, m: &Operand) -> i32 {
+    /// The memory operand of the present instruction.
+    pub(super) fn memory(&mut self, m: &Operand) -> Place {
+        if self.guests[self.at].windowed {
+            // Where it must be aligned, the host's instruction faults as well.
+            return self.reach(Self::key(m), m.disp, m.size, m.write, false);
+        }
         if m.align > 1 {
             self.spoil_flags();
         }
@@ -257,7 +281,7 @@ impl Emitter<'_> {
             let exit = self.side_exit(exit::SINGLE);
             self.cold.push(Cold::Exit { from: vec![hole], exit });
         }
-        disp
+        Place::looked_up(disp)
     }
 
     pub(super) fn check_vectors(&mut self, needed: u8) {

@@ -17,6 +17,7 @@ mod overlay;
 mod privilege;
 mod spilled;
 mod strings;
+mod window;
 mod x87;
 
 use crate::analysis::{self, Abilities, Guest, Kind};
@@ -27,6 +28,8 @@ use flags::{Event, Flags};
 use iced_x86::{Encoder, InstructionInfoFactory, Register};
 use memory::Group;
 use nonroot_interpret::state::Mode;
+use nonroot_interpret::window::Part;
+pub use window::Outlook;
 
 const RAX: u8 = host::RAX;
 const R15: u8 = host::R15;
@@ -56,6 +59,8 @@ pub struct Translated {
     pub refuse: [usize; 2],
     /// Jumps that may be chained, numbered from the first number given.
     pub links: Vec<Link>,
+    /// Offsets in the arena of instructions that may fault, ascending, and of where to go on then.
+    pub sites: Vec<(u32, u32)>,
 }
 
 /// What is switched on.
@@ -73,10 +78,14 @@ pub struct Switches {
     pub overlays: bool,
     /// What a register was is kept to make flags again.
     pub stashes: bool,
+    /// Flags that a block overwrites are not restored for instructions that would leave them as they were.
+    pub dead: bool,
     /// Code that runs rarely is kept apart.
     pub apart: bool,
     /// The host has BMI2.
     pub bmi2: bool,
+    /// The code is for an address space that has the windows.
+    pub windowed: bool,
 }
 
 /// Where a block is, and goes.
@@ -126,6 +135,12 @@ pub struct Emitter<'a> {
     x87_ip: Option<u16>,
     /// What R15 and RAX hold of guest registers without a host register, as far as nothing else is emitted.
     kept: ([Option<u8>; 2], usize),
+    /// The code is for an address space that has the windows.
+    windowed: bool,
+    /// What was checked to be in a window.
+    safe: Vec<(memory::Key, Part)>,
+    /// See [`Translated::sites`].
+    sites: Vec<(u32, u32)>,
 }
 
 type Emitted<T = ()> = Result<T, String>;
@@ -184,6 +199,9 @@ impl<'a> Emitter<'a> {
             entry: [None; 2],
             x87_ip: None,
             kept: ([None; 2], 0),
+            windowed: switches.windowed,
+            safe: Vec::new(),
+            sites: Vec::new(),
         }
     }
 
@@ -298,7 +316,7 @@ impl<'a> Emitter<'a> {
         let rarely = if self.switches.apart { self.a.code.split_off(often) } else { Vec::new() };
         let place = |offset| self.a.place(offset);
         let (entry, refuse) = ([live, saved].map(place), refuse.map(place));
-        Translated { often: self.a.code, rarely, entry, refuse, links: self.links }
+        Translated { often: self.a.code, rarely, entry, refuse, links: self.links, sites: self.sites }
     }
 }
 

@@ -68,7 +68,12 @@ impl Emitter<'_> {
         self.a.load(true, RAX, field!(gs_closed));
         self.a.bytes(&WRGSBASE);
         self.a.load(true, RAX, field!(lstar));
+        let windowed = std::mem::replace(&mut self.windowed, false);
+        if windowed {
+            self.store_byte(field!(window), 0);
+        }
         self.jump_to_rax();
+        self.windowed = windowed;
     }
 
     pub(super) fn sysret(&mut self) {
@@ -109,7 +114,11 @@ impl Emitter<'_> {
         self.store_byte(field!(crossed), 2);
         self.a.load(true, RAX, field!(gs_user));
         self.a.bytes(&WRGSBASE);
+        self.a.mem(false, &[0x0f, 0xb6], RAX, field!(window_user)); // movzx eax, byte
+        self.a.mem(false, &[0x88], RAX, field!(window)); // mov byte
+        self.a.reg(false, &[0x85], RAX, RAX);
         self.a.mov(RAX, host::RCX);
+        self.a.jcc_to(5, self.routines.jump);
         self.flags = Flags::Saved;
         self.jump_to_rax();
     }

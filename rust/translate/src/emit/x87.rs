@@ -69,8 +69,8 @@ impl Emitter<'_> {
     pub(super) fn load_control(&mut self, g: &Guest) -> Emitted {
         let m = g.memory.as_ref().ok_or("FLDCW without memory")?;
         self.spoil_flags();
-        let disp = self.memory(m);
-        self.a.mem(false, &[0x0f, 0xb7], R15, at(RAX, disp)); // movzx r15d, word
+        let place = self.memory(m);
+        self.at_place(false, &[0x0f, 0xb7], R15, &place); // movzx r15d, word
         self.a.store(false, field!(temporary), R15);
         self.a.bytes(&[0x41, 0xf7, 0xd7]); // not r15d
         self.a.bytes(&[0x41, 0xf6, 0xc7, 0x3f]); // test r15b, 0x3f
