@@ -19,6 +19,8 @@ pub struct Options {
     pub lockstep: bool,
     /// Offers after which a block is translated; 0: the default.
     pub hot: u32,
+    /// Instructions that user code runs before it gets windows; 0: the default.
+    pub windows_after: u64,
     /// Names of its optimisations that are switched off.
     pub translate_off: Vec<String>,
 }
@@ -50,6 +52,7 @@ pub fn config(
     let mut translate = false;
     let mut lockstep = false;
     let mut hot = 0;
+    let mut windows_after = 0;
     let mut translate_off = Vec::new();
     for (key, value) in options {
         let name: String = key.extract()?;
@@ -64,6 +67,7 @@ pub fn config(
             "translate" => translate = named(&name, &value)?,
             "lockstep" => lockstep = named(&name, &value)?,
             "translate_after" => hot = named(&name, &value)?,
+            "windows_after" => windows_after = named(&name, &value)?,
             "virtual_time" => {
                 if let Some((num, den)) = named::<Option<(u64, u64)>>(&name, &value)? {
                     if den == 0 || num == 0 || num > 1 << 32 || den > 1 << 32 {
@@ -110,5 +114,5 @@ pub fn config(
             config.apic_bus_hz
         )));
     }
-    Ok(Options { config, translate, lockstep, hot, translate_off })
+    Ok(Options { config, translate, lockstep, hot, windows_after, translate_off })
 }

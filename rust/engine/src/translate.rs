@@ -24,6 +24,9 @@ mod imp {
         if options.hot != 0 {
             translator.set_hot(options.hot);
         }
+        if options.windows_after != 0 {
+            translator.set_patience(options.windows_after);
+        }
         if options.lockstep {
             translator.set_lockstep();
         }

@@ -327,6 +327,15 @@ impl Cpu {
 
     /// Makes the pages of an access by generated code be in the windows.
     pub fn fill_windows(&mut self, lin: u64, size: usize, write: bool) -> Missed {
+        let missed = self.try_fill_windows(lin, size, write);
+        if let (Missed::Other, Some(w)) = (missed, &mut self.tlb.windows) {
+            // It cost as much.
+            w.fills += 1;
+        }
+        missed
+    }
+
+    fn try_fill_windows(&mut self, lin: u64, size: usize, write: bool) -> Missed {
         let mut filled = false;
         let first = lin & !0xfff;
         let last = lin.wrapping_add(size.max(1) as u64 - 1) & !0xfff;

@@ -70,6 +70,8 @@ struct Candidate {
     patience: HashMap<u64, u64>,
     /// Nobody gets them: the host does not let them be.
     hopeless: bool,
+    /// In place of [`PATIENCE`], for tests; 0: none.
+    instead: u64,
     /// The thread that may have the signal.
     thread: libc::pthread_t,
 }
@@ -364,6 +366,11 @@ impl Translator {
         self.hot = hot;
     }
 
+    /// Gives user code windows after so many instructions.
+    pub fn set_patience(&mut self, instructions: u64) {
+        self.candidate.instead = instructions;
+    }
+
     /// Compares every block with the interpreter from now on.
     pub fn set_lockstep(&mut self) {
         self.lockstep = true;
@@ -637,7 +644,7 @@ impl Translator {
             if cpu.windows_are_refused() {
                 c.hopeless = true;
                 cpu.revoke_windows();
-            } else if !cpu.windows_are_worth(ran) {
+            } else if !cpu.windows_are_worth(ran) && c.instead == 0 {
                 let patience = c.patience.entry(table).or_insert(PATIENCE);
                 *patience = (*patience * 8).clamp(8 * PATIENCE, MOST_PATIENCE);
                 c.instructions = 0;
@@ -650,8 +657,11 @@ impl Translator {
             (c.table, c.instructions) = (table, 0);
         }
         c.instructions += ran;
-        let patience = if self.hot == 1 { 1 } else { c.patience.get(&table).copied().unwrap_or(PATIENCE) };
-        if kind != exit::NEXT && self.hot != 1
+        let patience = match c.instead {
+            0 => c.patience.get(&table).copied().unwrap_or(PATIENCE),
+            after => after,
+        };
+        if kind != exit::NEXT && c.instead == 0
             || c.instructions < patience
             || cpu.tlb.context != context::USER
         {

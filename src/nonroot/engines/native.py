@@ -31,6 +31,18 @@ invalidation. A difference ends the domain with an internal error. For tests: it
 """
 
 
+WINDOWS_AFTER: Final = "NONROOT_WINDOWS_AFTER"
+"""Environment variable: instructions after which a program's memory is reached without lookups. For tests: 1 is at once."""
+
+
+def _number(variable: str, what: str, most: int) -> int:
+    """An environment variable that is a number; 0 if there is none. BadOptionError."""
+    text = os.environ.get(variable, "0")
+    if not text.isascii() or not text.isdigit() or int(text) > most:
+        raise BadOptionError(f"{variable} is a number of {what}, not {text}")
+    return int(text)
+
+
 class NativeVcpu:
     """A vCPU of a Rust engine; see :class:`nonroot.engines.protocol.Vcpu`."""
 
@@ -113,10 +125,7 @@ class InterpretEngine:
 
     def _audit(self) -> int:
         """Moments between audits, as the environment says; 0 for none."""
-        text = os.environ.get(AUDIT, "0")
-        if not text.isascii() or not text.isdigit() or int(text) >= 1 << 32:
-            raise BadOptionError(f"{AUDIT} is a number of moments between two audits, not {text}")
-        return int(text)
+        return _number(AUDIT, "moments between two audits", (1 << 32) - 1)
 
     def create_vcpu(
         self, memory: _engine.Memory, policy: CpuPolicy, apic_id: int = 0, options: EngineOptions | None = None
@@ -142,6 +151,8 @@ class InterpretEngine:
         }
         if audit := self._audit():
             raw_options["audit"] = audit
+        if self._translates and (after := _number(WINDOWS_AFTER, "instructions", (1 << 62) - 1)):
+            raw_options["windows_after"] = after
         leaves = list[tuple[int, int, int, int, int, int]](policy.cpuid())
         try:
             raw = _engine.Vcpu(memory, apic_id, leaves, policy.msrs(), raw_options)
