@@ -305,6 +305,7 @@ fn host_has(i: &Instruction) -> bool {
             CpuidFeature::SSSE3 => has!("ssse3"),
             CpuidFeature::AES => has!("aes"),
             CpuidFeature::PCLMULQDQ => has!("pclmulqdq"),
+            CpuidFeature::SHA => has!("sha"),
             CpuidFeature::AVX => has!("avx"),
             CpuidFeature::AVX2 => has!("avx2"),
             CpuidFeature::FMA => has!("fma"),
@@ -357,6 +358,7 @@ fn vector(i: &Instruction, abilities: Abilities) -> u8 {
                 | F::SSE4_2
                 | F::AES
                 | F::PCLMULQDQ
+                | F::SHA
                 | F::AVX
                 | F::AVX2
                 | F::FMA

@@ -96,7 +96,7 @@ FEATURES: Final[Mapping[str, Feature]] = {
     "gfni": _vector(7, "ecx", 8, default=False),
     "vaes": _vector(7, "ecx", 9, "avx", "aes", default=False),
     "vpclmulqdq": _vector(7, "ecx", 10, "avx", "pclmulqdq", default=False),
-    "sha_ni": _vector(7, "ebx", 29, default=False),
+    "sha_ni": _vector(7, "ebx", 29, "ssse3"),
     **_leaf(7, "edx", fsrm=4, spec_ctrl=26, arch_capabilities=29),
     "bhi_ctrl": Feature(7, 2, "edx", 4, ("spec_ctrl",)),
     **{name: Feature(0xD, 1, "eax", bit, ("xsave",)) for name, bit in (("xsaveopt", 0), ("xsavec", 1), ("xgetbv1", 2))},
@@ -105,7 +105,7 @@ FEATURES: Final[Mapping[str, Feature]] = {
     **_leaf(0x80000001, "edx", syscall=11, nx=20, pdpe1gb=26, rdtscp=27, lm=29),
     **_leaf(0x80000007, "edx", nonstop_tsc=8),
 }
-"""Every feature that can be switched, by name. ``vaes``, ``vpclmulqdq``, ``gfni`` and ``sha_ni`` are off by default."""
+"""Every feature that can be switched, by name. ``vaes``, ``vpclmulqdq`` and ``gfni`` are off by default."""
 
 _REQUIRED: Final = frozenset("fpu tsc msr pae cx8 apic cmov mmx fxsr sse sse2 hypervisor".split())
 
