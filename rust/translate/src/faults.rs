@@ -3,7 +3,6 @@
 use libc::{c_int, c_void, siginfo_t};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::Once;
 
 /// Where generated code may fault, and where it goes on then.
 #[derive(Default)]
@@ -17,30 +16,32 @@ pub struct Sites {
 /// Those of the translator that has the windows. They change only while none of its code runs.
 static PRESENT: AtomicPtr<Sites> = AtomicPtr::new(ptr::null_mut());
 
-/// What handled the signal before.
-static mut BEFORE: std::mem::MaybeUninit<libc::sigaction> = std::mem::MaybeUninit::uninit();
+/// What handled the signal before; it is written by [`claim`] alone, before the handler can run, and never freed.
+static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 
 /// Has faults handled by the sites, which stay where they are until [`release`]; the error says what the system refused.
 pub fn claim(sites: &Sites) -> Result<(), String> {
-    static INSTALLED: Once = Once::new();
-    let mut done = true;
-    INSTALLED.call_once(|| {
-        // SAFETY: zero is a valid sigaction; the handler has the signature that SA_SIGINFO asks for, and BEFORE is
-        // written once, here, before the handler can run.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            let before = &mut *ptr::addr_of_mut!(BEFORE);
-            done = libc::sigaction(libc::SIGSEGV, &action, before.as_mut_ptr()) == 0;
+    let refused = || Err("the system does not let faults be handled".to_string());
+    let here = handler as *const () as usize;
+    // SAFETY: zero is a valid sigaction; the handler has the signature that SA_SIGINFO asks for.
+    unsafe {
+        let mut before: libc::sigaction = std::mem::zeroed();
+        if libc::sigaction(libc::SIGSEGV, ptr::null(), &mut before) != 0 {
+            return refused();
         }
-    });
-    PRESENT.store(ptr::from_ref(sites).cast_mut(), Ordering::Release);
-    if done {
-        Ok(())
-    } else {
-        Err("the system does not let faults be handled".to_string())
+        // Somebody may have put another one there since the last time.
+        if before.sa_sigaction != here {
+            BEFORE.store(Box::into_raw(Box::new(before)), Ordering::Release);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = here;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+            if libc::sigaction(libc::SIGSEGV, &action, ptr::null_mut()) != 0 {
+                return refused();
+            }
+        }
     }
+    PRESENT.store(ptr::from_ref(sites).cast_mut(), Ordering::Release);
+    Ok(())
 }
 
 /// The sites are about to go.
@@ -74,7 +75,7 @@ unsafe extern "C" fn handler(signal: c_int, info: *mut siginfo_t, context: *mut 
                 }
             }
         }
-        let before = (*ptr::addr_of!(BEFORE)).assume_init_ref();
+        let Some(before) = BEFORE.load(Ordering::Acquire).as_ref() else { return };
         match before.sa_sigaction {
             libc::SIG_DFL | libc::SIG_IGN => {
                 // The instruction faults once more.

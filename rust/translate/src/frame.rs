@@ -565,9 +565,10 @@ pub fn window_table(part: Part) -> Mem {
     Mem { base: Some(host::RSP), index: Some((host::R15, 0)), disp: disp as i32 }
 }
 
-/// The stack of generated code, with the frame at its top.
+/// The stack of generated code, with the frame at its top, and the tables for windows behind it.
 pub struct Stack {
     base: *mut u8,
+    size: usize,
 }
 
 // SAFETY: the mapping belongs to the Stack alone.
@@ -575,53 +576,58 @@ unsafe impl Send for Stack {}
 
 const STACK: usize = 256 * 1024;
 const GUARD: usize = 4096;
-const MAPPED: usize = STACK + GUARD + TABLES;
 
 impl Stack {
     /// Maps a stack with an inaccessible page below it.
     pub fn new() -> Result<Stack, String> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new anonymous mapping touches nothing that exists.
-        let base = unsafe {
-            libc::mmap(std::ptr::null_mut(), MAPPED, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
-        if base == libc::MAP_FAILED {
-            return Err("the system gives no memory for the stack of generated code".to_string());
-        }
-        // SAFETY: the first page of the mapping just made.
-        unsafe { libc::mprotect(base, GUARD, libc::PROT_NONE) };
-        let protect = |from: usize, to: usize, rights| {
-            // SAFETY: inside of the mapping just made, behind the stack.
-            let done = unsafe { libc::mprotect(base.add(GUARD + STACK + from), to - from, rights) } == 0;
-            if done {
-                Ok(())
-            } else {
-                Err("the system does not protect the stack of generated code".to_string())
-            }
-        };
-        protect(0, TABLES, libc::PROT_NONE)?;
+        Self::sized(0)
+    }
+
+    /// The same with the tables for windows, which are address space and next to no memory.
+    pub fn with_tables() -> Result<Stack, String> {
+        let stack = Self::sized(TABLES)?;
         for (table, (from, to)) in [
             (HIGH_TABLE, HIGH_THERE),
             (LOW_TABLE, LOW_THERE),
             (EITHER_TABLE, HIGH_THERE),
             (EITHER_TABLE, LOW_THERE),
         ] {
-            let table = table - size_of::<Frame>();
-            protect(table + from, table + to, libc::PROT_READ)?;
+            let table = GUARD + STACK - size_of::<Frame>() + table;
+            stack.protect(table + from, table + to, libc::PROT_READ)?;
         }
-        Ok(Stack { base: base.cast() })
+        Ok(stack)
+    }
+
+    fn sized(more: usize) -> Result<Stack, String> {
+        let size = GUARD + STACK + more;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, libc::PROT_NONE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err("the system gives no memory for the stack of generated code".to_string());
+        }
+        let stack = Stack { base: base.cast(), size };
+        stack.protect(GUARD, GUARD + STACK, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(stack)
+    }
+
+    fn protect(&self, from: usize, to: usize, rights: libc::c_int) -> Result<(), String> {
+        // SAFETY: inside of this object's mapping, where nothing is yet.
+        let done = unsafe { libc::mprotect(self.base.add(from).cast(), to - from, rights) } == 0;
+        done.then_some(())
+            .ok_or_else(|| "the system gives no memory for the stack of generated code".to_string())
     }
 
     /// The frame; zero at first, which is a valid value.
     pub fn frame(&self) -> *mut Frame {
-        // The top of the mapping is page-aligned and the frame's size a multiple of its alignment.
+        // The stack's end is page-aligned and the frame's size a multiple of its alignment.
         (self.base as usize + STACK + GUARD - size_of::<Frame>()) as *mut Frame
     }
 }
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        // SAFETY: mapped in new() with this size; no generated code runs.
-        unsafe { libc::munmap(self.base.cast(), MAPPED) };
+        // SAFETY: mapped in sized() with this size; no generated code runs.
+        unsafe { libc::munmap(self.base.cast(), self.size) };
     }
 }

@@ -131,6 +131,17 @@ pub fn available() -> Result<(), String> {
     Ok(())
 }
 
+/// Whether the host has PEXT, and not in microcode, as AMD's had it before family 19h.
+fn quick_pext() -> bool {
+    // SAFETY: leaves 0 and 1 are on all x86-64 CPUs. (Newer toolchains: needs no unsafe.)
+    #[allow(unused_unsafe)]
+    let (vendor, version) = unsafe { (std::arch::x86_64::__cpuid(0).ebx, std::arch::x86_64::__cpuid(1).eax) };
+    // "Auth" and "Hygo".
+    let amd = matches!(vendor, 0x6874_7541 | 0x6f67_7948);
+    let family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
+    std::arch::is_x86_feature_detected!("bmi2") && (!amd || family >= 0x19)
+}
+
 /// Fills the TLB for translated code; 0 if the access can now go on.
 ///
 /// # Safety
@@ -326,7 +337,10 @@ impl Translator {
         arena.push(&a.code, &[]);
         let floor = arena.position();
         let mut switches = switches;
-        switches.windows &= std::arch::is_x86_feature_detected!("bmi2");
+        switches.windows &= quick_pext();
+        let tables = if switches.windows { Stack::with_tables().ok() } else { None };
+        switches.windows = tables.is_some();
+        let stack = tables.map_or_else(Stack::new, Ok)?;
         let x87 = switches.x87 && std::arch::is_x86_feature_detected!("xsave");
         let abilities = Abilities {
             avx,
@@ -339,7 +353,7 @@ impl Translator {
         };
         Ok(Translator {
             arena,
-            stack: Stack::new()?,
+            stack,
             routines,
             floor,
             switches,
