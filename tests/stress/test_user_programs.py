@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.stress.userland import CannotBuildError, Guest, build, difference, names, runs_here
+from nonroot import _engine
+from nonroot.engines.native import WINDOWS_AFTER
+from tests.stress.conftest import need
+from tests.stress.userland import CannotBuildError, Guest, boot, build, difference, names, runs_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -28,3 +32,28 @@ def test_it_does_what_it_does_on_the_host(guest: Guest, programs: Path, name: st
     assert guest.here(program) == expected, "the program's output is not the same twice on the host"
     found = difference(expected, guest.there(program), guest.domain.engine)
     assert found is None, found
+
+
+@pytest.fixture(scope="module")
+def guest_with_windows(programs: Path) -> Iterator[Guest]:
+    """A guest whose programs have windows as soon as they run."""
+    unavailable = _engine.translate_unavailable()
+    if unavailable is not None:
+        pytest.skip(unavailable)
+    need("cloud-amd64")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WINDOWS_AFTER, "1")
+        with boot("translate", "cloud-amd64") as domain:
+            yield Guest(domain)
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_does_so_with_windows_at_once(guest_with_windows: Guest, programs: Path, name: str) -> None:
+    try:
+        program = build(name, 64, programs)
+    except CannotBuildError as error:
+        pytest.skip(str(error))
+    before = guest_with_windows.domain.stats.engine["window_pages"]
+    found = difference(guest_with_windows.here(program), guest_with_windows.there(program), "translate")
+    assert found is None, found
+    assert guest_with_windows.domain.stats.engine["window_pages"] > before
