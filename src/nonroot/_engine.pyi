@@ -106,9 +106,9 @@ class Vcpu:
         ``virtual_time`` (None or (numerator, denominator) ns per retired instruction), ``off`` (names of optimisations
         to switch off, see :func:`optimisations`), ``msr_exits`` (bool), ``exception_exits`` (bitmap of vectors),
         ``cr_exits`` (bool), ``random_seed`` (int, 0: where RDRAND starts under virtual time), ``translate`` (bool: hot
-        blocks are translated), ``translate_after`` (int: at the how manieth time), ``windows_after`` (int: user code gets windows after so many
-        instructions; 0: the engine's own idea), ``lockstep`` (bool: every translated
-        block is compared with the interpreter, and a difference is a ``Failure``),
+        blocks are translated), ``translate_after`` (int: at the how manieth time), ``windows_after`` (int: user code
+        gets windows after so many instructions; 0: the default), ``lockstep`` (bool: every translated block is
+        compared with the interpreter, and a difference is a ``Failure``),
         ``audit`` (int: all that is cached is compared at each so many moments, and a difference is a ``Failure``;
         0: never).
         """

@@ -8,7 +8,7 @@ import pytest
 from nonroot import _engine
 from nonroot.engines.exits import Halt
 from nonroot.engines.native import WINDOWS_AFTER, InterpretEngine, TranslateEngine
-from nonroot.engines.protocol import Engine, EngineOptions
+from nonroot.engines.protocol import Engine
 from nonroot.errors import BadOptionError
 from nonroot.testing.engine_contract import EngineContract
 from tests.engines.test_translate_privilege import CASES, LOG, prepared

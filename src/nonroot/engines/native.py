@@ -32,7 +32,7 @@ invalidation. A difference ends the domain with an internal error. For tests: it
 
 
 WINDOWS_AFTER: Final = "NONROOT_WINDOWS_AFTER"
-"""Environment variable: instructions after which a program's memory is reached without lookups. For tests: 1 is at once."""
+"""Environment variable: instructions after which user code gets windows. For tests: 1 is at once."""
 
 
 def _number(variable: str, what: str, most: int) -> int:
