@@ -267,6 +267,11 @@ impl Cpu {
         self.cpl == 3 && self.tlb.context == context::USER && self.window_is_here()
     }
 
+    /// Whether guest memory can be mapped a second time now.
+    pub fn windows_are_possible(&self) -> bool {
+        !self.mem.may_be_private()
+    }
+
     /// Gives the present address space the windows. The error says why it cannot have them.
     pub fn grant_windows(&mut self) -> Result<(), String> {
         if self.audit.is_some() || self.write_log.is_some() || !self.config.optimise.tlb {
@@ -319,7 +324,7 @@ impl Cpu {
     pub(crate) fn keep_windows(&mut self, before: Option<u64>) {
         let (asid, table) = (self.tlb.asid, self.r.cr3 & !0xfff);
         if let Some(w) = &mut self.tlb.windows {
-            if w.owner == 0 && before == Some(table) {
+            if w.owner == 0 && before == Some(table) && !self.mem.may_be_private() {
                 (w.owner, w.table) = (asid, table);
             }
         }

@@ -64,6 +64,8 @@ type Leaf = [AtomicU64; LEAF_ENTRIES];
 struct Backing {
     base: *mut u8,
     size: u64,
+    /// Some of it is private.
+    private: bool,
 }
 
 /// A run of frames as [`Memory::runs`] reports it.
@@ -104,6 +106,7 @@ pub struct Memory {
     stale_pending: AtomicBool,
     generation: AtomicU64,
     dirty_generation: AtomicU64,
+    private: AtomicBool,
 }
 
 // SAFETY: the raw pointers are mmaps owned by this object and never unmapped
@@ -134,6 +137,7 @@ impl Memory {
             top_used: AtomicUsize::new(0),
             generation: AtomicU64::new(0),
             dirty_generation: AtomicU64::new(0),
+            private: AtomicBool::new(false),
         }
     }
 
@@ -167,7 +171,8 @@ impl Memory {
             return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
         let mut backings = self.backings.lock().unwrap();
-        backings.push(Backing { base: base.cast(), size });
+        backings.push(Backing { base: base.cast(), size, private });
+        self.private.fetch_or(private, Ordering::AcqRel);
         Ok(backings.len() - 1)
     }
 
@@ -188,8 +193,8 @@ impl Memory {
         private: bool,
     ) -> Result<(), MemoryError> {
         let offset = i64::try_from(offset).map_err(|_| MemoryError::OutOfRange)?;
-        let backings = self.backings.lock().unwrap();
-        let b = backings.get(backing).ok_or(MemoryError::BadBacking)?;
+        let mut backings = self.backings.lock().unwrap();
+        let b = backings.get_mut(backing).ok_or(MemoryError::BadBacking)?;
         let rest = b.size.checked_sub(start).ok_or(MemoryError::BadBacking)?;
         let length = length.unwrap_or(rest);
         if length == 0 || length > rest || (start | length) % PAGE_SIZE != 0 {
@@ -210,8 +215,17 @@ impl Memory {
         if result == libc::MAP_FAILED {
             return Err(MemoryError::System(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)));
         }
+        if private || length == b.size {
+            b.private = private;
+        }
+        self.private.store(backings.iter().any(|b| b.private), Ordering::Release);
         self.changed();
         Ok(())
+    }
+
+    /// Whether any of the memory may be this process's alone, over a file: the host maps such pages only once.
+    pub fn may_be_private(&self) -> bool {
+        self.private.load(Ordering::Acquire)
     }
 
     /// Host addresses of the backings, in the order of their numbers. They stay where they are.

@@ -651,7 +651,7 @@ impl Translator {
     fn consider_windows(&mut self, cpu: &mut Cpu, kind: u32, ran: u64) {
         let table = cpu.r.cr3 & !0xfff;
         let c = &mut self.candidate;
-        if c.hopeless || cpu.mode != Mode::Long64 {
+        if c.hopeless || cpu.mode != Mode::Long64 || !cpu.windows_are_possible() {
             return;
         }
         if cpu.windowed() {
