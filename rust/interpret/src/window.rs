@@ -267,6 +267,11 @@ impl Cpu {
         self.cpl == 3 && self.tlb.context == context::USER && self.window_is_here()
     }
 
+    /// Whether some address space has the windows.
+    pub fn windows_are_owned(&self) -> bool {
+        self.tlb.windows.as_ref().is_some_and(|w| w.owner != 0)
+    }
+
     /// Whether guest memory can be mapped a second time now.
     pub fn windows_are_possible(&self) -> bool {
         !self.mem.may_be_private()

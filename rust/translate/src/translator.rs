@@ -63,9 +63,10 @@ const LITTLE_PATIENCE: u64 = 2_000_000;
 /// Who is to have the windows.
 #[derive(Default)]
 struct Candidate {
-    /// Page table of who runs now, and instructions since it does.
-    table: u64,
-    instructions: u64,
+    /// Instructions at privilege level 3 without windows, by page table, since they were last given.
+    instructions: HashMap<u64, u64>,
+    /// Twice those that their owner ran, less those that others did: while it is above 0, the owner keeps them.
+    owner: u64,
     /// Instructions that it needs; by page table, if not the usual.
     patience: HashMap<u64, u64>,
     /// Nobody gets them: the host does not let them be.
@@ -661,30 +662,35 @@ impl Translator {
             } else if !cpu.windows_are_worth(ran) && c.instead == 0 {
                 let patience = c.patience.entry(table).or_insert(PATIENCE);
                 *patience = (*patience * 8).clamp(8 * PATIENCE, MOST_PATIENCE);
-                c.instructions = 0;
+                c.instructions.clear();
                 cpu.revoke_windows();
             }
+            c.owner = (c.owner + 2 * ran).min(2 * PATIENCE);
             self.statistics.windows = cpu.window_statistics().into();
             return;
         }
-        if c.table != table {
-            (c.table, c.instructions) = (table, 0);
+        if c.patience.len().max(c.instructions.len()) > 64 {
+            c.patience.clear();
+            c.instructions.clear();
         }
-        c.instructions += ran;
+        let instructions = c.instructions.entry(table).or_insert(0);
+        *instructions += ran;
+        c.owner = c.owner.saturating_sub(ran);
+        let owned = cpu.windows_are_owned();
+        let least = if owned { PATIENCE } else { 0 };
         let patience = match c.instead {
-            0 => c.patience.get(&table).copied().unwrap_or(PATIENCE),
+            0 => c.patience.get(&table).copied().unwrap_or(PATIENCE).max(least),
             after => after,
         };
         if kind != exit::NEXT && c.instead == 0
-            || c.instructions < patience
+            || *instructions < patience
+            || owned && c.owner > 0 && c.instead == 0
             || cpu.tlb.context != context::USER
         {
             return;
         }
-        c.instructions = 0;
-        if c.patience.len() > 64 {
-            c.patience.clear();
-        }
+        c.owner = 0;
+        c.instructions.clear();
         c.patience.entry(table).or_insert(LITTLE_PATIENCE);
         self.sites.arena = (self.arena.address(0), CAPACITY as u64);
         let granted = cpu.grant_windows().and_then(|()| faults::claim(&self.sites));
