@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("nonroot.engines",),
     ("nonroot.hvm", "nonroot.devices", "nonroot.boot", "nonroot.xen"),
     ("nonroot.guests", "nonroot.backends"),
+    ("nonroot.stubdom",),
     ("nonroot.domain", "nonroot.xenstore"),
     ("nonroot.display",),
     ("nonroot.api", "nonroot.connecting", "nonroot.toolstack"),

@@ -5,6 +5,7 @@ from typing import Any, Self, final
 __all__ = [
     "VERSION",
     "Companion",
+    "IoreqPages",
     "Memory",
     "Vcpu",
     "XenPath",
@@ -24,6 +25,67 @@ __all__ = [
 ]
 
 VERSION: str
+
+@final
+class IoreqPages:
+    """The pages between a hypervisor and a device model, mapped by one of the two: see :mod:`nonroot.hvm.ioreq`.
+
+    ``event`` is an eventfd (that does not block), ``life`` a socket that the other side closes when it ends, or -1.
+    What waits spins for a short while, then sleeps, without the GIL.
+    """
+
+    def __new__(cls, fd: int, length: int, vcpus: int) -> Self:
+        """Map ``length`` bytes. OSError."""
+    # ── the hypervisor's side ──
+    def submit(self, vcpu: int, kind: int, flags: int, addr: int, data: int, size: int, count: int, event: int) -> None:
+        """Put a request into a vCPU's slot, and wake the device model at ``event`` if it sleeps."""
+    def reply(self, vcpu: int, event: int, life: int, seconds: float) -> tuple[int, int]:
+        """What comes next: (0, data) the reply · (1, 0) an operation · (2, 0) the other side is gone · (3, 0) late."""
+    def post(self, kind: int, addr: int, size: int, data: int, event: int) -> bool:
+        """Post a write. False if it cannot be: the ring is full, or ``size`` is not 1, 2, 4 or 8."""
+    def posted(self) -> int:
+        """Writes that were posted and are not done."""
+    def operation(self) -> tuple[int, int, int, list[int]] | None:
+        """(domid, op, flags, five arguments) of the oldest operation that is not finished."""
+    def finish_operation(self, status: int, event: int) -> None:
+        """It is finished."""
+    def wait_for_event(self, event: int, life: int) -> bool:
+        """Sleep until somebody writes to ``event``; False if the other side is gone."""
+    def stamp(self, now_ns: int, generation: int) -> None:
+        """Stamp the machine's time, and its p2m's generation."""
+    def deadline(self) -> int:
+        """When something of the device model's is due (ns); 2^64 - 1: never."""
+    def state(self, vcpu: int) -> int:
+        """The state of a vCPU's slot."""
+    # ── the device model's side ──
+    def next(self, event: int, life: int, seconds: float | None = None) -> tuple[Any, ...]:
+        """What to do next: (4,) see who has poked · (5, [(kind, addr, log2 of the size, data), …]) writes ·
+        (6, vcpu, kind, flags, addr, data, size, count) a request · (2,) the other side is gone · (3,) nothing came.
+        """
+    def finish_writes(self, count: int) -> None:
+        """The first so many of the posted writes are done."""
+    def respond(self, vcpu: int, data: int, event: int) -> None:
+        """Reply to a request, and wake the hypervisor at ``event`` if it sleeps."""
+    def restart(self) -> None:
+        """Requests that a process before this one had begun are to be done."""
+    def push(self, domid: int, op: int, flags: int, args: list[int]) -> int | None:
+        """Ask for an operation; its number. None if too many wait."""
+    def wake_caller(self, event: int) -> None:
+        """Wake the hypervisor's vCPU if it sleeps in :meth:`reply`: there are operations."""
+    def status(self, index: int, event: int, life: int) -> int | None:
+        """Wait until operation ``index`` is finished; its status. None: the other side is gone."""
+    def now(self) -> int:
+        """The machine's time as it was last stamped (ns)."""
+    def generation(self) -> int:
+        """The p2m's generation as it was last stamped."""
+    def pushed(self) -> int:
+        """How many operations have been asked for, modulo 2^32: the number of the next."""
+    def set_deadline(self, deadline_ns: int) -> None:
+        """When something is due."""
+    def poke(self, event: int) -> None:
+        """Have :meth:`next`, called on this same object, return. Any thread."""
+    def spin_ns(self) -> int:
+        """How long the next wait spins before it sleeps."""
 
 @final
 class Memory:

@@ -17,6 +17,8 @@ from typing import Any, Self
 from PIL import Image
 
 from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.handover import describe_image
+from nonroot.backends.image import Image as BackingImage
 from nonroot.backends.service import BlockService
 from nonroot.devices.display import Console, attach_display
 from nonroot.devices.i6300esb import attach_watchdog
@@ -32,6 +34,8 @@ from nonroot.hvm.firmware import Firmware
 from nonroot.hvm.machine import Machine, MachineConfig, Outputs
 from nonroot.hvm.outcome import Outcome, Reason
 from nonroot.hvm.pc import Board
+from nonroot.stubdom.model import DeviceModel, Parts
+from nonroot.stubdom.proxies import RemoteConsole
 from tests.matrix.references import Reference
 
 __all__ = ["Pc", "engines"]
@@ -64,8 +68,10 @@ class Pc:
         floppy: Path | None = None,
         boot: str = "cd",
         scramble: int | None = None,
+        model: str = "internal",
         **config: Any,
     ) -> None:
+        """``model``: where the devices are: ``internal``, in this process; ``stub``, ``dom0``: in one of their own."""
         self.serial = bytearray()
         self.debug = bytearray()
         self._services: list[BlockService] = []
@@ -77,11 +83,17 @@ class Pc:
             bios = seabios()
             roms = {VGA_ROM: bios.vga.read_bytes()}
             config["firmware"] = Firmware(bios.image.read_bytes(), boot, option_roms=roms)
-        self.console: Console | None = None
+        self.console: Console | RemoteConsole | None = None
+        self.model: DeviceModel | None = None
+        self._images: list[BackingImage] = []
+        attach = [self._attach_drives, self._attach_console, attach_watchdog]
+        if model != "internal":
+            self.model = DeviceModel(self._parts(), domid=1, confined=model == "stub")
+            attach = [self._attach_model]
         self.machine = Machine(
             MachineConfig(
                 memory_bytes=memory,
-                attach=[self._attach_drives, self._attach_console, attach_watchdog],
+                attach=attach,
                 agent=False,
                 scramble_seed=scramble,
                 base_wall_ns=time.time_ns(),
@@ -112,6 +124,33 @@ class Pc:
         drives.append(None)
         floppies = [] if floppy is None else [service(Drive(str(floppy), read_only=True))]
         attach_storage(board, drives, floppies, enabled=self._direct)
+
+    def _parts(self) -> Parts:
+        """What a device model elsewhere is made of: the same drives, screen and watchdog."""
+        cd, disks, floppy = self._drives
+        files: list[int] = []
+
+        def medium(drive: Drive) -> dict[str, Any]:
+            image = open_image(drive)
+            self._images.append(image)
+            described = describe_image(image)
+            assert described is not None
+            files.extend(described[1])
+            return {"image": described[0], "files": len(described[1])}
+
+        drives: list[dict[str, Any] | None] = [
+            {"cd": False, "serial": "NR00000001", "medium": medium(Drive.parse(str(disk)))} for disk in disks
+        ]
+        drives += [None] * (2 - len(drives))
+        disc = None if cd is None else medium(Drive(str(cd), read_only=True))
+        drives += [{"cd": True, "serial": "NR00000003", "medium": disc}, None]
+        floppies = [] if floppy is None else [medium(Drive(str(floppy), read_only=True))]
+        return Parts(["storage", "display", "watchdog"], drives, floppies, files, self._direct)
+
+    def _attach_model(self, board: Board) -> None:
+        assert self.model is not None
+        self.model.attach(board)
+        self.console = self.model.console
 
     # ── what a person does ──
 
@@ -259,6 +298,10 @@ class Pc:
         """Give the images back."""
         for service in self._services:
             service.close()
+        if self.model is not None:
+            self.model.close()
+        for image in self._images:
+            image.close()
 
     def __enter__(self) -> Self:
         return self

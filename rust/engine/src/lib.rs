@@ -6,6 +6,7 @@ mod confine;
 mod coverage;
 mod cpu_state;
 mod exits;
+mod ioreq;
 mod memory;
 mod msrs;
 mod options;
@@ -80,6 +81,7 @@ fn _engine(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vcpu::Vcpu>()?;
     module.add_class::<companion::Companion>()?;
     module.add_class::<xen::XenPath>()?;
+    module.add_class::<ioreq::IoreqPages>()?;
     module.add_function(wrap_pyfunction!(agent, module)?)?;
     module.add_function(wrap_pyfunction!(tiny_guest, module)?)?;
     module.add_function(wrap_pyfunction!(optimisations, module)?)?;

@@ -1,6 +1,6 @@
 //! What of Xen is done inside the engine, without an exit to Python and without its lock: event
 //! channels with two levels of pending bits, single-shot timers, and the requests of paravirtual disks
-//! and network cards that can be served at once.
+//! and network cards that can be served at once. And the pages by which a device model is reached ([`ioreq`]).
 //!
 //! Python's `nonroot.xen` is the hypervisor: it binds, closes and answers for everything. Here is a
 //! mirror of its table of ports, which it keeps up to date. What a mirror cannot do, or what is not plainly
@@ -10,6 +10,7 @@ mod card;
 mod disk;
 mod events;
 mod grants;
+pub mod ioreq;
 mod ring;
 mod turn;
 

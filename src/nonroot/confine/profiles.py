@@ -17,6 +17,7 @@ __all__ = [
     "FOLDER_WRITER",
     "NETWORK",
     "PLAIN",
+    "STUB",
     "SWITCH",
     "XENSTORE",
     "Profile",
@@ -73,6 +74,25 @@ PLAIN: Final = Profile("plain", _CALLS)
 
 BACKEND: Final = replace(PLAIN, name="backend", threads=True, writes_files=True, namespaces=True)
 """Disks and network cards of one domain."""
+
+STUB: Final = Profile(
+    "stub domain",
+    frozenset(
+        """
+        read write close fstat lseek poll mmap mprotect munmap brk mremap madvise rt_sigaction rt_sigprocmask
+        rt_sigreturn pread64 pwrite64 readv writev preadv pwritev preadv2 pwritev2 fsync fdatasync fallocate
+        recvmsg getsockopt futex sched_yield nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday
+        getpid exit exit_group set_robust_list rseq sigaltstack tgkill restart_syscall getrandom fcntl prctl
+        newfstatat
+        """.split()
+    ),
+    threads=True,
+    writes_files=True,
+    namespaces=True,
+    memory=512 << 20,
+    files=64,
+)
+"""The device model of one domain: opens nothing, not even what Landlock would let it, and sends nothing."""
 
 SWITCH: Final = replace(PLAIN, name="switch", calls=_CALLS | {"flock"})
 """A network between domains."""

@@ -27,13 +27,13 @@ class WindowDecoder:
         self._mmio = mmio
         self._hole_start = hole_start
         self._events = events
-        self._devices: dict[int, Device] = {}
+        self._devices: dict[int, tuple[Device, Device]] = {}  # for ports, and for memory
         self._wanted: dict[int, tuple[Region, ...]] = {}
         self._active: list[tuple[int, Region]] = []
 
-    def own(self, key: int, device: Device) -> None:
-        """The device whose windows ``key`` are."""
-        self._devices[key] = device
+    def own(self, key: int, device: Device, mmio: Device | None = None) -> None:
+        """The device whose windows ``key`` are; ``mmio``: another one for those in memory."""
+        self._devices[key] = device, mmio or device
 
     @property
     def active(self) -> tuple[tuple[int, Region], ...]:
@@ -54,14 +54,14 @@ class WindowDecoder:
 
     def _open(self, key: int, region: Region) -> None:
         bar, base = region.bar, region.base
-        device = self._devices[key]
+        ports, mmio = self._devices[key]
         if not self._is_free(region):
-            self._events(device.name, "window-collides", base)
+            self._events(ports.name, "window-collides", base)
             return
         if bar.kind is BarKind.IO:
-            self._ports.add(base, bar.size, device, bar.offset, bar.sizes)
+            self._ports.add(base, bar.size, ports, bar.offset, bar.sizes)
         elif bar.kind is BarKind.MEMORY:
-            self._mmio.add(base, bar.size, device, bar.offset, bar.sizes)
+            self._mmio.add(base, bar.size, mmio, bar.offset, bar.sizes)
         else:
             assert bar.ram is not None
             bar.ram.show(base, 0, bar.size)
@@ -71,9 +71,9 @@ class WindowDecoder:
         key, region = entry
         bar = region.bar
         if bar.kind is BarKind.IO:
-            self._ports.remove(region.base, bar.size, self._devices[key])
+            self._ports.remove(region.base, bar.size, self._devices[key][0])
         elif bar.kind is BarKind.MEMORY:
-            self._mmio.remove(region.base, bar.size, self._devices[key])
+            self._mmio.remove(region.base, bar.size, self._devices[key][1])
         else:
             assert bar.ram is not None
             bar.ram.hide(region.base, bar.size)

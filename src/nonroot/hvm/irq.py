@@ -29,6 +29,10 @@ SCI: Final = 9
 PCI_FIRST_GSI: Final = 16
 
 LOWEST_PRIORITY: Final = 1
+MESSAGE_ADDRESS: Final = 0xFEE
+"""Bits 31:20 of the address of a message-signalled interrupt."""
+MESSAGE_ASSERT: Final = 1 << 14
+MESSAGE_LEVEL: Final = 1 << 15
 
 
 def pci_gsi(slot: int, pin: int) -> int:
@@ -59,6 +63,15 @@ class InterruptDelivery:
                 vcpu.signal(vector, mode, level)
                 if mode == LOWEST_PRIORITY:
                     return
+
+    def message(self, address: int, data: int) -> None:
+        """Deliver a message-signalled interrupt: what a PCI device writes, and where. Others than FEExxxxx are lost.
+
+        Source: Intel SDM volume 3, "Message Signalled Interrupts".
+        """
+        level = bool(data & MESSAGE_LEVEL)
+        if address >> 20 == MESSAGE_ADDRESS and not (level and not data & MESSAGE_ASSERT):
+            self(address >> 12 & 0xFF, bool(address & 4), data & 0xFF, data >> 8 & 7, level)
 
 
 class WiredOr:

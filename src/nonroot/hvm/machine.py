@@ -40,7 +40,7 @@ from nonroot.hvm.ioapic import IoApic
 from nonroot.hvm.irq import SCI, InterruptDelivery, InterruptRouter, create_pit
 from nonroot.hvm.memory_map import FIRMWARE_END, FIRMWARE_START, IOAPIC_BASE, MemoryMap
 from nonroot.hvm.outcome import Outcome, Reason
-from nonroot.hvm.pc import POWER_SLOT, Board, TimedPart
+from nonroot.hvm.pc import POWER_SLOT, Board, MachineParts, TimedPart
 from nonroot.hvm.pci import PciHost
 from nonroot.hvm.pic import MASTER_ELCR, SLAVE_COMMAND, SLAVE_ELCR, PicPair
 from nonroot.hvm.pirq import FIRMWARE_ROUTES, PciInterrupts
@@ -196,6 +196,16 @@ class Machine:
             make_ram=lambda name, size: BoardRam(self.memory, self.dirty_log, name, size, self.memory_files),
             post=self.post,
             request_reset=self.request_reset,
+            machine=MachineParts(
+                memory=self.memory,
+                files=self.memory_files,
+                memory_bytes=self.memory_map.memory_bytes,
+                low_end=self.memory_map.low_end,
+                share_ram=self.ram.share,
+                inject_msi=InterruptDelivery(self.vcpus).message,
+                power_off=self._power_off,
+                fail=self._fail,
+            ),
         )
         self.xen: XenHost | None = None
         """The Xen of this machine; None without."""
@@ -322,10 +332,13 @@ class Machine:
         files = loader_files(self._acpi(config)) | smbios_files(self.memory_map) | parts.files
         files |= boot_files(firmware, self.memory_map)
         items = firmware_items(firmware, self.memory_map, len(self.vcpus))
-        fw_cfg = FwCfg(items, files, parts.dma, self._count_event)
-        self.ports.add(FW_CFG_PORTS, FW_CFG_LENGTH, fw_cfg, sizes=(1, 2, 4))
+        if parts.make_fw_cfg is not None:
+            parts.add(parts.make_fw_cfg(items, files))
+        else:
+            fw_cfg = FwCfg(items, files, parts.dma, self._count_event)
+            self.ports.add(FW_CFG_PORTS, FW_CFG_LENGTH, fw_cfg, sizes=(1, 2, 4))
+            parts.add(fw_cfg)
         self.ports.add(board.FIRMWARE_DEBUG, 1, self.debug_port, DEBUG_CONSOLE)
-        parts.add(fw_cfg)
         slot, function = POWER_SLOT
         power = Piix4Pm(parts.connect(slot, function), self._count_event)
         parts.add_pci(slot, function, power)
@@ -580,6 +593,9 @@ class Machine:
 
     def _power_off(self) -> None:
         self.outcome = Outcome(Reason.POWER_OFF)
+
+    def _fail(self, reason: str) -> None:
+        self.outcome = Outcome(Reason.FAILURE, reason)
 
     def request_reset(self) -> None:
         """The reset button, for devices and for :meth:`post`: the machine starts again, or the run ends."""

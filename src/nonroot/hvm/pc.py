@@ -13,19 +13,18 @@ machine is made. Slots in use: 0 host bridge, 1 PIIX3 (function 0 ISA, 1 IDE, 3 
 5 Xen's platform device, 8 to 15 shared folders; functions of one slot are registered one by one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from nonroot.devices.pci_device import DeviceRam, Dma, PciConnection, PciDevice, Region
+from nonroot._engine import Memory
+from nonroot.devices.pci_device import DeviceRam, Dma, PciConnection, Region
 from nonroot.hvm.acpi import IsaDevice
 from nonroot.hvm.bus import Bus
-from nonroot.hvm.decode import WindowDecoder
 from nonroot.hvm.device import Clock, Device, Events, IrqLine
-from nonroot.hvm.irq import InterruptRouter
-from nonroot.hvm.pci import PciHost
-from nonroot.hvm.pirq import PciInterrupts
+from nonroot.hvm.pci import PciFunction
 
-__all__ = ["Attach", "Board", "PciSlotDevice", "TimedPart"]
+__all__ = ["Attach", "Board", "MachineParts", "PciSlotDevice", "TimedPart"]
 
 IDE_SLOT = (1, 1)
 """PCI slot and function of the PIIX3 IDE controller."""
@@ -56,6 +55,56 @@ class TimedPart(Protocol):
         """Events that are due happen. In the vCPU's thread."""
 
 
+class IsaLines(Protocol):
+    """Who gives out drivers of ISA interrupts."""
+
+    def isa(self, irq: int) -> IrqLine:
+        """A driver of ISA interrupt ``irq``. ValueError for one that does not exist."""
+
+
+class IntxLines(Protocol):
+    """Who gives out drivers of PCI interrupts."""
+
+    def source(self, slot: int, pin: int) -> IrqLine:
+        """A driver of that device's interrupt line."""
+
+
+class PciBus(Protocol):
+    """Where PCI functions are found."""
+
+    def add(self, slot: int, function: int, device: PciFunction) -> None:
+        """Put a function on bus 0. ValueError if the place is taken."""
+
+
+class Windows(Protocol):
+    """Who decodes the windows of PCI functions (slot << 3 | function)."""
+
+    def own(self, key: int, device: Device, mmio: Device | None = None) -> None:
+        """The device whose windows ``key`` are; ``mmio``: another one for those in memory."""
+
+    def decode(self, key: int, regions: Sequence[Region]) -> None:
+        """From now on the function wants these windows, and no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineParts:
+    """What a device model in a process of its own needs of its machine, beside the board."""
+
+    memory: Memory
+    files: list[int]
+    """A read-only descriptor of each backing of the memory."""
+    memory_bytes: int
+    low_end: int
+    """Address after the RAM below 4 GiB."""
+    share_ram: Callable[[], object]
+    """Have the RAM in a file that others can map."""
+    inject_msi: Callable[[int, int], object]
+    """Takes a message's address and data."""
+    power_off: Callable[[], object]
+    fail: Callable[[str], object]
+    """The machine cannot go on, with a sentence."""
+
+
 class Board:
     """What the parts of a machine are plugged into while it is made."""
 
@@ -66,14 +115,15 @@ class Board:
         events: Events,
         ports: Bus,
         mmio: Bus,
-        lines: InterruptRouter,
-        pci: PciHost,
-        interrupts: PciInterrupts,
-        windows: WindowDecoder,
+        lines: IsaLines,
+        pci: PciBus,
+        interrupts: IntxLines,
+        windows: Windows,
         dma: Dma,
         make_ram: Callable[[str, int], DeviceRam],
         post: Callable[[Callable[[], object]], object],
         request_reset: Callable[[], object],
+        machine: MachineParts | None = None,
     ) -> None:
         self.clock = clock
         self.events = events
@@ -82,6 +132,10 @@ class Board:
         self.mmio = mmio
         """Fixed memory-mapped ranges outside RAM, the VGA window for example; the same ``add``."""
         self.dma = dma
+        self.machine = machine
+        """For device models in processes of their own; None on a board where there are none."""
+        self.make_fw_cfg: Callable[[Mapping[int, bytes], Mapping[str, bytes]], Device] | None = None
+        """Who makes the firmware configuration device out of its items and files; None: the machine does."""
         self.memories: dict[str, DeviceRam] = {}
         """Memory of devices, by name: it has records of its own."""
         self.window_hiders: list[Callable[[bool], object]] = []
@@ -148,13 +202,23 @@ class Board:
 
         return PciConnection(self._interrupts.source(slot, pin), self.dma, decode)
 
-    def add_pci(self, slot: int, function: int, device: PciDevice) -> None:
+    def add_pci(self, slot: int, function: int, device: PciFunction) -> None:
         """Register a device for everything, and put it on bus 0. ValueError if the place is taken."""
         if not isinstance(device, Device):
-            raise ValueError(f"{device.name} has no records")
+            raise ValueError(f"the function {slot}.{function} has no records")
         self._pci.add(slot, function, device)
         self._windows.own(slot << 3 | function, device)
         self.add(device)
+
+    def add_remote_pci(self, slot: int, function: int, device: PciSlotDevice, ports: Device, mmio: Device) -> None:
+        """The same for a device elsewhere: its windows are reached through ``ports`` and ``mmio``, by address."""
+        self._pci.add(slot, function, device)
+        self._windows.own(slot << 3 | function, ports, mmio)
+        self.add(device)
+
+    def decode(self, key: int, regions: Sequence[Region]) -> None:
+        """What a device elsewhere wants to be decoded; see :meth:`connect`."""
+        self._windows.decode(key, regions)
 
 
 Attach = Callable[[Board], object]
