@@ -114,6 +114,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         serial_firmware: bool = False,
         reboot: bool = True,
         display: bool = False,
+        device_model: str = "internal",
         xen: bool | None = None,
         networks: Iterable[str] = (),
         publish: Iterable[str] = (),
@@ -152,6 +153,8 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         :param boot_menu: have the firmware offer its boot menu.
         :param serial_firmware: have the firmware show its text on the first serial port too.
         :param reboot: start a guest of firmware again when it resets, rather than end.
+        :param device_model: where emulated devices are: ``"internal"``, in the domain's process; ``"stub"``, in a
+            confined process of their own (a stub domain); ``"dom0"``, in one that is not confined.
         :param display: have a screen, keyboard and mouse also without firmware, which has them always.
         :param xen: be a Xen for the guest: hypercalls, Xen's clock and timer, its console (hvc0), disks (xvda …) and
             network cards. None: if a kernel is started that knows Xen, and not in virtual time.
@@ -206,6 +209,7 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             serial_firmware=serial_firmware,
             reboot=reboot,
             display=display,
+            device_model=device_model,
             xen=xen,
             networks=_texts(networks, "networks"),
             publish=_texts(publish, "publish"),

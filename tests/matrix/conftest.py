@@ -1,4 +1,4 @@
-"""What the boot matrix runs on: every engine, and the translating one once more with scattered memory."""
+"""What the boot matrix runs on: every engine, the translating one once more with scattered memory, and stub domains."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ class Maker:
 
     engine: str
     scramble: int | None
+    model: str
     made: list[Pc]
 
     def __call__(self, **options: object) -> Pc:
         try:
-            pc = Pc(engine=self.engine, scramble=self.scramble, **options)  # type: ignore[arg-type]
+            pc = Pc(engine=self.engine, scramble=self.scramble, model=self.model, **options)  # type: ignore[arg-type]
         except UnsupportedError as error:
             pytest.skip(str(error))
         except SoftwareMissingError as error:
@@ -33,16 +34,18 @@ class Maker:
 
 
 ROWS = [
-    *(pytest.param((name, None), id=name) for name in engines()),
-    pytest.param((engines()[-1], SCRAMBLE_SEED), id=f"{engines()[-1]}-scrambled", marks=pytest.mark.slow),
+    *(pytest.param((name, None, "internal"), id=name) for name in engines()),
+    pytest.param((engines()[-1], SCRAMBLE_SEED, "internal"), id=f"{engines()[-1]}-scrambled", marks=pytest.mark.slow),
+    pytest.param((engines()[-1], None, "stub"), id=f"{engines()[-1]}-stub"),
+    pytest.param((engines()[-1], SCRAMBLE_SEED, "stub"), id=f"{engines()[-1]}-stub-scrambled", marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(params=ROWS)
 def make(request: pytest.FixtureRequest) -> Iterator[Maker]:
     """A maker of PCs; the test runs for every row."""
-    engine, scramble = request.param
-    maker = Maker(engine, scramble, [])
+    engine, scramble, model = request.param
+    maker = Maker(engine, scramble, model, [])
     yield maker
     for pc in maker.made:
         pc.close()

@@ -118,6 +118,13 @@ def parse_env(values: tuple[str, ...]) -> dict[str, str]:
 @click.option("--boot", metavar="LETTERS", help="What the BIOS boots from: a floppy, c disk, d CD.  [default: cd]")
 @click.option("--boot-menu", is_flag=True, help="Have the BIOS offer its boot menu.")
 @click.option(
+    "--device-model",
+    metavar="NAME",
+    default="internal",
+    show_default=True,
+    help="Where emulated devices are: internal (the domain's process), stub (a confined one) or dom0.",
+)
+@click.option(
     "--xen/--no-xen",
     default=None,
     help="Be a Xen for the guest: clock, console, disks, network.  [default: if a kernel that knows Xen is started]",
@@ -180,6 +187,7 @@ def run(
     floppy: tuple[str, ...],
     boot: str | None,
     boot_menu: bool,
+    device_model: str,
     xen: bool | None,
     net: tuple[str, ...],
     publish: tuple[str, ...],
@@ -254,6 +262,7 @@ def run(
             "floppy": floppy,
             "boot": boot or "cd",
             "boot_menu": boot_menu,
+            "device_model": device_model,
             "xen": xen,
             "networks": net,
             "publish": publish,

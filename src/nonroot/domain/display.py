@@ -16,6 +16,7 @@ from nonroot.errors import BadOptionError, NonrootError, UnsupportedError
 if TYPE_CHECKING:
     from nonroot.devices.display import Console
     from nonroot.devices.vga_state import VgaState
+    from nonroot.stubdom.proxies import RemoteConsole
 
 __all__ = ["DisplayService", "Seat"]
 
@@ -38,7 +39,7 @@ class Client(Protocol):
 class Seat:
     """A machine's console as the vCPU's thread sees it."""
 
-    devices: "Console"
+    devices: "Console | RemoteConsole"
     memory_fd: int
     """A read-only descriptor of the adapter's memory."""
     progress: Callable[[], int]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # a domain without drives, and the command line, do without t
     from nonroot.devices.storage import Storage
     from nonroot.domain.saved_devices import SavedMedium
     from nonroot.hvm.pc import Board
+    from nonroot.stubdom.proxies import RemoteStorage
 
 __all__ = [
     "EMPTY",
@@ -158,6 +159,17 @@ def paravirtual_disks(options: DomainOptions) -> list[tuple[str, str]]:
     return [(plan.name, plan.image) for plan in plan_disks(options) if plan.name is not None]
 
 
+def _described(image: Image) -> tuple[dict[str, Any], list[int]]:
+    from nonroot.backends.handover import describe_image
+
+    found = describe_image(image)
+    if found is None:
+        raise UnsupportedError(
+            "an image that qemu-nbd serves cannot be given to a device model of its own: use device model 'internal'"
+        )
+    return found
+
+
 def _disk(text: str) -> Drive:
     return Drive.parse(_place(text)[1])
 
@@ -199,6 +211,8 @@ class Drives:
         self._board: Board | None = None
         self.storage: Storage | None = None
         """The controllers, once attached."""
+        self._remote: RemoteStorage | None = None  # the same, if they are in another process
+        self._given: dict[tuple[str, int], Image] = {}  # that other process's
         try:
             plans = [plan for plan in plan_disks(options) if plan.emulated]
             disks = [self._image(_disk(plan.image), f"disk{index}") for index, plan in enumerate(plans)]
@@ -326,6 +340,44 @@ class Drives:
     def _drive(self, image: Image) -> Drive:
         return next(drive for known, drive in self._media if known is image)
 
+    # ── a device model in another process ──
+
+    def describe(self) -> tuple[list[dict[str, Any] | None], list[dict[str, Any] | None], list[int]]:
+        """
+        What a device model in another process needs: its drives, its floppies, and descriptors of their media.
+
+        See :class:`nonroot.stubdom.model.Parts`. UnsupportedError for an image that cannot be given away.
+        """
+        files: list[int] = []
+
+        def medium(place: tuple[str, int], image: Image | None) -> dict[str, Any] | None:
+            if image is None:
+                return None
+            description, more = _described(image)
+            self._given[place] = image
+            files.extend(more)
+            return {"image": description, "files": len(more)}
+
+        drives: list[dict[str, Any] | None] = []
+        for number, found in enumerate(self._places):
+            if found is None:
+                drives.append(None)
+                continue
+            is_cd, image = found
+            serial = f"NR{number + 1:08d}"
+            drives.append({"cd": is_cd, "serial": serial, "medium": medium(("cd", number), image)})
+        floppies = [medium(("fd", number), image) for number, image in enumerate(self._floppies)]
+        return drives, floppies, files
+
+    def attach_remote(self, board: "Board", storage: "RemoteStorage") -> None:
+        """The drives are on the board, in another process."""
+        from nonroot.xen.platform_pci import XenPlatform
+
+        self._remote = storage
+        platform = next((device for device in board.devices if isinstance(device, XenPlatform)), None)
+        if platform is not None:
+            platform.unplug = self._unplug
+
     # ── disks that are Xen's, too ──
 
     def twins(self) -> dict[str, Twin]:
@@ -350,19 +402,24 @@ class Drives:
         from nonroot.backends.raw import RawImage
         from nonroot.xen.platform_pci import UNPLUG_AUXILIARY, UNPLUG_DISKS
 
-        storage = self.storage
-        assert storage is not None
+        storage, remote = self.storage, self._remote
         off = set()
         for place, (name, image, _) in self._twins.items():
             if mask & UNPLUG_DISKS or (mask & UNPLUG_AUXILIARY and place > 0):
-                storage.ide.unplug(place)
                 with contextlib.suppress(OSError):  # a full or failing disk: the guest was told of its writes
-                    self._twin_services[place].settle()
+                    if remote is not None:
+                        remote.unplug(place)
+                    elif storage is not None:
+                        storage.ide.unplug(place)
+                        self._twin_services[place].settle()
                 off.add(name)
             else:
                 if isinstance(image, RawImage):
                     image.look_again()
-                storage.ide.plug(place)
+                if remote is not None:
+                    remote.plug(place)
+                elif storage is not None:
+                    storage.ide.plug(place)
         self.on_twins(off)
 
     def _service(self, image: Image) -> "BlockService":
@@ -382,13 +439,16 @@ class Drives:
         known = {"cd": self._cd_places, "fd": tuple(range(len(self._floppies)))}
         if kind not in known or not number.isascii() or not number.isdigit():
             raise BadOptionError(f"there is no drive {name!r}: use cd0, cd1, fd0 or fd1")
-        if int(number) >= len(known[kind]) or self.storage is None:
+        if int(number) >= len(known[kind]) or (self.storage is None and self._remote is None):
             raise UnsupportedError(f"this domain was made without the drive {name}")
         return kind, known[kind][int(number)]
 
     def eject(self, name: str, force: bool) -> Callable[[], dict[str, Any]]:
         """What takes the medium out, in the vCPU's thread; it says {"ejected": false} if the guest has locked it."""
         kind, place = self._place(name)
+        remote = self._remote
+        if remote is not None:
+            return lambda: {"ejected": self._ejected(kind, place, remote.eject(kind == "fd", place, force))}
         storage = self.storage
         assert storage is not None
 
@@ -405,6 +465,22 @@ class Drives:
         """Open an image now; what puts it into the drive is to be called in the vCPU's thread."""
         kind, place = self._place(name)
         image = self._floppy_image(text) if kind == "fd" else self._image(_cd(text))
+        remote = self._remote
+        if remote is not None:
+            try:
+                description, files = _described(image)
+            except UnsupportedError:
+                self._open.remove(image)
+                image.close()
+                raise
+
+            def give() -> dict[str, Any]:
+                remote.insert(kind == "fd", place, description, files)
+                self._ejected(kind, place, True)
+                self._given[kind, place] = image
+                return {}
+
+            return give
         service = self._service(image)
         storage = self.storage
         assert storage is not None
@@ -418,6 +494,14 @@ class Drives:
             return {}
 
         return put_in
+
+    def _ejected(self, kind: str, place: int, is_out: bool) -> bool:
+        image = self._given.pop((kind, place), None) if is_out else None
+        if image is not None:
+            self._open = [other for other in self._open if other is not image]
+            with contextlib.suppress(OSError):
+                image.close()
+        return is_out
 
     def release(self) -> None:
         """Close images that are in no drive any more."""

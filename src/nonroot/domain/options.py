@@ -119,6 +119,8 @@ class DomainOptions:
     """Descriptors of the files with that domain's RAM, over which ours is private; it is not in the other then."""
     display: bool = False
     """Have a display adapter, keyboard and mouse also without firmware, which has them always."""
+    device_model: str = "internal"
+    """Where emulated devices are: ``internal``, ``stub`` or ``dom0``; see :mod:`nonroot.domain.device_model`."""
 
     @property
     def interpreted(self) -> str:
@@ -176,9 +178,11 @@ class DomainOptions:
         for path, what in files:
             if path is not None:
                 check_readable(path, what)
+        from nonroot.domain.device_model import check_device_model
         from nonroot.domain.drives import check_drives
         from nonroot.domain.networks import parse_networks
 
+        check_device_model(self.device_model)
         check_drives(self)
         if self.shares:
             from nonroot.domain.shares import parse_shares

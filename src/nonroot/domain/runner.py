@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from nonroot.boot.cpio import append
 from nonroot.domain import host, pc
+from nonroot.domain.device_model import INTERNAL, attach_model, make_model
 from nonroot.domain.display import Seat
 from nonroot.domain.drives import Drives, paravirtual_disks, plan_disks
 from nonroot.domain.guest_setup import INIT_PATH, GuestSetup
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
     from nonroot.hvm.config import Outputs
     from nonroot.hvm.guest_ram import RamBase
     from nonroot.hvm.machine import Machine
+    from nonroot.hvm.pc import Attach
+    from nonroot.stubdom.model import DeviceModel
     from nonroot.xen.host import XenHost
 
 __all__ = ["Runner", "Stop"]
@@ -116,6 +119,8 @@ class Runner:
         """Of cards on networks between domains: addresses that the guest, a copy, does not know yet, and its own IP."""
         self.shares: Shares | None = None
         """Its shared folders, once their processes run."""
+        self.model: DeviceModel | None = None
+        """Its device model, if that is a process of its own."""
         saved = None if options.saved is None else read_saved(options.saved, options)
         self.greeting = b""
         """What the agent of a saved domain has said already."""
@@ -170,15 +175,16 @@ class Runner:
         self._command_line = command_line(options, setup is not None)
         self.drives = Drives(options)
         self.shares = Shares(parse_shares(options.shares))
+        self.model = model = make_model(options, self.drives, 0 if self.xen is None else self.xen.domid)
+        if model is not None:
+            devices: list[Attach] = [partial(attach_model, model, self.drives)]
+        else:
+            devices = [*pc.attachments(options), *([self.drives.attach] if self.drives.wanted else [])]
         config = MachineConfig(
             memory_bytes=options.memory,
             kernel=kernel,
             firmware=firmware,
-            attach=[
-                *pc.attachments(options),
-                *([self.drives.attach] if self.drives.wanted else []),
-                *([self.shares.attach] if self.shares.wanted else []),
-            ],
+            attach=[*devices, *([self.shares.attach] if self.shares.wanted else [])],
             reboot=options.reboot and firmware is not None,
             cmdline=self._command_line,
             initrd=initrd,
@@ -513,16 +519,20 @@ class Runner:
         from nonroot.devices.vga import Vga
 
         machine = self._machine
+        if self.model is not None:
+            console, vga_ram = self.model.console, self.model.ram("vga")
+            if console is None or vga_ram is None:
+                return None
+            return Seat(console, machine.memory_files[vga_ram.file], machine.vcpu.retired, self._watch_progress)
         devices = machine.board.devices
         vga = next((device for device in devices if isinstance(device, Vga)), None)
         ps2 = next((device for device in devices if isinstance(device, Ps2Controller)), None)
         if vga is None or ps2 is None or not isinstance(vga.ram, BoardRam):
             return None
+        return Seat(Seated(vga, ps2), machine.memory_files[vga.ram.file], machine.vcpu.retired, self._watch_progress)
 
-        def watch() -> None:
-            machine.watch_progress(lambda: self.mailbox.post("progress"))
-
-        return Seat(Seated(vga, ps2), machine.memory_files[vga.ram.file], machine.vcpu.retired, watch)
+    def _watch_progress(self) -> None:
+        self._machine.watch_progress(lambda: self.mailbox.post("progress"))
 
     # ── for the process's loop ──
 
@@ -540,6 +550,7 @@ class Runner:
             "virtual_time": self._options.virtual_time,
             "xen": self.xen is not None,
             "xen_reason": self._xen_reason,
+            "device_model": INTERNAL if self.model is None else self._options.device_model,
         }
 
     @property
@@ -563,6 +574,8 @@ class Runner:
 
     def close(self) -> None:
         """The domain is over: nothing of it stays outside of this process."""
+        if self.model is not None:
+            self.model.close()
         if self.shares is not None:
             self.shares.close()
         if self.guest_devices is not None:

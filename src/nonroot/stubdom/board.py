@@ -1,8 +1,8 @@
 """The board of a device model's process.
 
 Devices are the same objects as on any board; what they ask of it is an operation. Interrupt controllers, the p2m and
-time are the hypervisor's: lines, windows and memory that is shown are asked for by dm_op, time is what was stamped on the
-last request.
+time are the hypervisor's: lines, windows and memory that is shown are asked for by dm_op, time is what was stamped on
+the last request.
 """
 
 import mmap

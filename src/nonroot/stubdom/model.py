@@ -11,10 +11,12 @@ Whatever the process says is taken for hostile: operations are checked, numbers 
 """
 
 import base64
+import contextlib
 import fcntl
 import json
 import mmap
 import os
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +105,13 @@ class _Shared:
         pages.set_deadline(NEVER)
         return cls(pages, memoryview(mmap.mmap(file, ioreq.LENGTH)), file)
 
+    def close(self) -> None:
+        """Close the descriptors; the mapping goes with the object."""
+        for fd in (self.file, self.request, self.reply, self.operations):
+            if fd >= 0:
+                os.close(fd)
+        self.file = self.request = self.reply = self.operations = -1
+
 
 class DeviceModel:
     """One domain's device model, in a process of its own."""
@@ -133,6 +142,7 @@ class DeviceModel:
         self._gone = False
         self._deadline = NEVER
         self._p2m_file = -1
+        self._listener: threading.Thread | None = None
         self.confinement: dict[str, list[str]] = {}
         """What confines the process, and what could not be had; known once the machine runs."""
         self.requests = 0
@@ -167,6 +177,10 @@ class DeviceModel:
     def refused(self) -> int:
         """How many operations were refused."""
         return self._operations.refused
+
+    def ram(self, name: str) -> BoardRam | None:
+        """A device's memory; None if there is none of that name."""
+        return dict(self._memories).get(name)
 
     # ── onto the board ──
 
@@ -285,21 +299,21 @@ class DeviceModel:
         os.ftruncate(self._p2m_file, _whole_pages((frames + 0x10000) * RUN.size))
         fcntl.fcntl(self._p2m_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         firmware = b"" if self._firmware is None else json.dumps(self._firmware).encode()
-        if len(firmware) > len(self.data):
-            raise InternalError("the firmware's files are too long")
-        self.data[: len(firmware)] = firmware
         backings = [_writable(fd) for fd in machine.files]
+        contents = os.memfd_create("nonroot-firmware", os.MFD_CLOEXEC)
         try:
+            os.pwrite(contents, firmware, 0)
             sizes = [os.fstat(fd).st_size for fd in backings]
             message = {"op": "start", "firmware": len(firmware), "backings": sizes, "low_end": machine.low_end}
-            send(self._control, message, [self._p2m_file, *backings])
+            send(self._control, message, [self._p2m_file, contents, *backings])
         except LostError:
             self._end("ended before its guest began")
             return
         finally:
-            for fd in backings:
+            for fd in (contents, *backings):
                 os.close(fd)
-        threading.Thread(target=self._listen, name="nonroot-device-model", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="nonroot-device-model", daemon=True)
+        self._listener.start()
         self.confinement = self.control("confinement")
 
     # ── requests ──
@@ -504,9 +518,17 @@ class DeviceModel:
     def close(self) -> None:
         """The domain is over. Any thread, when the machine does not run."""
         self._gone = True
-        self._control.close()
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
         if self._helper is not None:
             self._helper.close()
+        if self._listener is not None:
+            self._listener.join()
+        self._control.close()
+        self._shared.close()
+        if self._p2m_file >= 0:
+            os.close(self._p2m_file)
+            self._p2m_file = -1
 
 
 def _writable(fd: int) -> int:

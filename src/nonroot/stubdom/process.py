@@ -3,10 +3,10 @@
 Before the guest's first instruction it makes its devices, maps the domain's memory, and is confined. Afterwards it has
 the pages of I/O requests, eventfds, its disks, and a socket through which media come that somebody puts into a drive.
 
-Messages on the socket: ``build`` {"parts"} with the descriptors of media; while it is being answered,
-the process asks for ``ram`` {"name", "size"} and gets its number and descriptor. ``start`` {"firmware", "backings",
-"low_end"} with a descriptor of the p2m's file and of each backing; requests follow at once. It answers there, as it may
-not send any more.
+Messages on the socket: ``build`` {"parts"} with the descriptors of media; while it is being answered, the process asks
+for ``ram`` {"name", "size"} and gets its number and descriptor. ``start`` {"firmware", "backings", "low_end"} with
+descriptors of the p2m's file, of the firmware's files and of each backing; requests follow at once. It answers there, as
+it may not send any more.
 """
 
 import array  # noqa: F401 - what is imported later could not be found
@@ -78,13 +78,13 @@ class _Target:
         send(self.control, {"length": len(answer)})
 
     def start(self, confined: bool) -> None:
-        request, (p2m, *files) = receive(self.control)
+        request, (p2m, contents, *files) = receive(self.control)
         length = request["firmware"]
-        firmware = json.loads(bytes(self.area[ioreq.DATA : ioreq.DATA + length])) if length else None
+        firmware = json.loads(os.pread(contents, length, 0)) if length else None
         runs = mmap.mmap(p2m, os.fstat(p2m).st_size, prot=mmap.PROT_READ)
         backings = list(zip(files, request["backings"], strict=True))
         self.memory.map(ModelMemory(self.hypercalls, backings, runs, request["low_end"]))
-        for fd in (p2m, *files):
+        for fd in (p2m, contents, *files):
             os.close(fd)
         self.model.start(firmware)
         for name in LATER:
