@@ -24,6 +24,7 @@ MAY: dict[str, set[str]] = {
     "PLAIN": set(),
     "SWITCH": set(),
     "BACKEND": {"thread"},
+    "STUB": {"thread"},
     "NETWORK": {"inet socket"},
     "DOMAIN": {"thread", "executable memory"},
     "FOLDER_READER": set(),
@@ -80,7 +81,7 @@ def test_nothing_that_a_process_must_not_can_be_done(profile: str, sibling: int,
 
 @needs_both
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can try both")
-@pytest.mark.parametrize("profile", ["BACKEND", "NETWORK"])
+@pytest.mark.parametrize("profile", ["BACKEND", "NETWORK", "STUB"])
 def test_an_ordinary_user_is_confined_alike(profile: str, sealed: int) -> None:
     with subprocess.Popen(["sleep", "60"], user=NOBODY) as sibling:
         found = attempt(profile, sibling.pid, sealed, user=NOBODY)

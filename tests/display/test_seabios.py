@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.guest]
 RESCUE_CD = "usr/lib/grub-rescue/grub-rescue-cdrom.iso"
 
 
-@pytest.fixture(scope="module")
-def grub() -> Iterator[Domain]:
+@pytest.fixture(scope="module", params=["internal", "stub"])
+def grub(request: pytest.FixtureRequest) -> Iterator[Domain]:
     try:
         cd = package("grub-rescue-pc") / RESCUE_CD
-        domain = Domain(firmware="seabios", cdrom=cd, boot="d", memory="64M", name="grub").start()
+        model = request.param
+        domain = Domain(firmware="seabios", cdrom=cd, boot="d", memory="64M", name="grub", device_model=model).start()
     except SoftwareMissingError as error:
         pytest.skip(str(error))
     yield domain
@@ -35,9 +36,10 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run([sys.executable, "-m", "nonroot", *arguments], capture_output=True, timeout=60, check=False)
 
 
-def test_seabios_says_that_nothing_boots() -> None:
+@pytest.mark.parametrize("model", ["internal", "stub", "dom0"])
+def test_seabios_says_that_nothing_boots(model: str) -> None:
     try:
-        with Domain(firmware="seabios", memory="32M") as domain:
+        with Domain(firmware="seabios", memory="32M", device_model=model) as domain:
             text = domain.wait_for_text("No bootable device", 60)
             assert text.splitlines()[0].startswith("SeaBIOS (version")
             picture = domain.screen()

@@ -392,6 +392,8 @@ class DeviceModel:
         self._board.post(lambda: self._end("ended"))
 
     def _give(self, files: list[int]) -> None:
+        if not self._started:
+            self._start()
         try:
             send(self._control, {"op": "files"}, files)
         except LostError:

@@ -5,8 +5,8 @@ the pages of I/O requests, eventfds, its disks, and a socket through which media
 
 Messages on the socket: ``build`` {"parts"} with the descriptors of media; while it is being answered, the process asks
 for ``ram`` {"name", "size"} and gets its number and descriptor. ``start`` {"firmware", "backings", "low_end"} with
-descriptors of the p2m's file, of the firmware's files and of each backing; requests follow at once. It answers there, as
-it may not send any more.
+descriptors of the p2m's file, of the firmware's files and of each backing; requests follow at once. It answers there,
+as it may not send any more.
 """
 
 import array  # noqa: F401 - what is imported later could not be found
@@ -41,6 +41,7 @@ class _Target:
     def __init__(self, work: dict[str, Any]) -> None:
         self.control = socket.socket(fileno=work["control"])
         file, (request, reply, operations) = work["pages"], work["events"]
+        self.events = (request, reply, operations)
         self.pages = IoreqPages(file, ioreq.LENGTH, work["vcpus"])
         self.area = memoryview(mmap.mmap(file, ioreq.LENGTH))
         os.close(file)
@@ -92,7 +93,9 @@ class _Target:
         gc.collect()
         gc.freeze()
         if confined:
-            self.model.confinement = confine(STUB).facts()
+            # Python's mappings keep a descriptor of what they map; they are not needed, and never closed after this.
+            keep = [*self.events, self.control.fileno(), *self.model.descriptors()]
+            self.model.confinement = confine(STUB, keep=keep).facts()
 
 
 class LateMemory:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from nonroot._engine import IoreqPages
-from nonroot.backends.handover import image_from
+from nonroot.backends.handover import describe_image, image_from
 from nonroot.backends.service import LATENCY_NS, BlockService
 from nonroot.devices.display import Console
 from nonroot.devices.fw_cfg import FW_CFG_PORTS, FwCfg
@@ -159,6 +159,11 @@ class Model:
         self._devices = {device.name: device for device in self._board.board.devices}
         self._board.seal()
         self._board.settle()
+
+    def descriptors(self) -> list[int]:
+        """Of the media."""
+        found = [describe_image(service.image) for service in self._services]
+        return [fd for one in found if one is not None for fd in one[1]]
 
     # ── the loop ──
 
