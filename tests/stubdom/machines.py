@@ -44,7 +44,7 @@ def internal(disk: Path, floppy: Path, *, virtual: bool = True) -> Iterator[Mach
 
 @contextmanager
 def elsewhere(
-    disk: Path, floppy: Path, *, confined: bool = True, virtual: bool = True
+    disk: Path, floppy: Path, *, confined: bool = True, virtual: bool = True, **more: Any
 ) -> Iterator[tuple[Machine, DeviceModel]]:
     """The same devices in a process of their own."""
     images = [open_image(Drive.parse(f"{path},overlay")) for path in (disk, floppy)]
@@ -62,7 +62,7 @@ def elsewhere(
         None,
     ]
     parts = Parts(["storage", "display", "watchdog"], drives, [media[1]], files)
-    model = DeviceModel(parts, DOMID, confined, virtual)
+    model = DeviceModel(parts, DOMID, confined, virtual, **more)
     try:
         yield _machine([model.attach], virtual), model
     finally:

@@ -11,6 +11,7 @@ from nonroot.confine.host import descendants, observe
 from nonroot.errors import BadOptionError
 from tests.platform.test_domain import SPIN, image, options
 from tests.platform.test_reset import BY_8042, BY_CF9
+from tests.waiting import wait_until
 
 
 def models(domain: Domain) -> list[int]:
@@ -53,22 +54,19 @@ def test_media_are_changed(tmp_path: Path) -> None:
             assert domain.eject(name)
 
 
-def test_a_stub_that_dies_ends_its_domain_alone(tmp_path: Path) -> None:
-    rom = image(tmp_path, SPIN)
-    with (
-        Domain(firmware=rom, device_model="stub", **options()) as one,  # type: ignore[arg-type]
-        Domain(firmware=rom, device_model="stub", **options()) as other,  # type: ignore[arg-type]
-    ):
-        one.console.expect("1", 30)
-        other.console.expect("1", 30)
-        one.screen()
-        (pid,) = models(one)
-        os.kill(pid, signal.SIGKILL)
-        stopped = one.wait(30)
-        assert stopped.reason == "failure"
-        assert "device model" in stopped.message
-        other.reset()
-        other.console.expect("2", 30)
+def test_a_stub_that_dies_is_replaced_and_nobody_notices(tmp_path: Path) -> None:
+    rom = image(tmp_path, SPIN, 9)
+    with Domain(firmware=rom, device_model="stub", **options()) as domain:  # type: ignore[arg-type]
+        domain.console.expect("1", 30)
+        domain.screen()
+        (first,) = models(domain)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: domain.stats.engine.get("device-model.restarts") == 1)
+        domain.screen()
+        (second,) = models(domain)
+        assert second != first
+        domain.reset()
+        domain.console.expect("2", 30)
 
 
 def test_an_unknown_device_model(tmp_path: Path) -> None:

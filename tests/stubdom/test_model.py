@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from nonroot import _engine
+from nonroot.backends.drive import Drive, open_image
+from nonroot.backends.handover import describe_image
 from nonroot.confine.host import observe
 from nonroot.hvm.dm_op import DmOp
 from nonroot.hvm.machine import Machine
@@ -186,8 +188,8 @@ def test_what_a_hostile_process_asks_for_is_refused(stub: tuple[Machine, DeviceM
             assert (gfn, count, backing, offset, writable) in runs
 
 
-def test_a_dead_device_model_ends_the_domain_with_a_sentence(media: tuple[Path, Path]) -> None:
-    with elsewhere(*media) as (machine, model):
+def test_without_restarts_a_dead_device_model_ends_the_domain(media: tuple[Path, Path]) -> None:
+    with elsewhere(*media, restarts=False) as (machine, model):
         machine.ports.read(0x64, 1)
         assert model.pid is not None
         os.kill(model.pid, signal.SIGKILL)
@@ -197,20 +199,99 @@ def test_a_dead_device_model_ends_the_domain_with_a_sentence(media: tuple[Path, 
         assert "device model" in machine.outcome.detail
 
 
-def test_a_device_model_that_dies_while_nobody_asks_it_is_noticed(media: tuple[Path, Path]) -> None:
+def test_a_device_model_that_dies_while_nobody_asks_it_is_replaced(media: tuple[Path, Path]) -> None:
     with elsewhere(*media) as (machine, model):
         machine.ports.read(0x64, 1)
         machine.pause()
         outcomes: list[object] = []
         thread = threading.Thread(target=lambda: outcomes.append(machine.run()))
         thread.start()
-        assert model.pid is not None
-        os.kill(model.pid, signal.SIGKILL)
-        wait_until(lambda: model._gone)
+        first = model.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: model.restarted == 1)
         machine.stop()
         machine.resume()
         thread.join(20)
         assert outcomes
+        assert model.pid != first
+        assert machine.ports.read(0x64, 1) != 0xFF
+
+
+STEPS = ("taken", "done", "committed", "answered", "writes", "writes-done", "writes-committed")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_death_at_any_step_of_a_request_is_not_noticed(media: tuple[Path, Path], step: str, seed: int) -> None:
+    is_post = step.startswith("writes")
+    faults = [(step, times) for times in ((7, 20, 3) if is_post else (40, 333, 250))]
+    virtual = not is_post  # nothing is posted in virtual time
+    with internal(*media, virtual=virtual) as home, elsewhere(*media, virtual=virtual, faults=faults) as (away, model):
+        if is_post:
+            for machine in (home, away):
+                graphics(machine)
+        found, expected = (draw if is_post else scramble)(away, seed), (draw if is_post else scramble)(home, seed)
+        assert model.restarted == len(faults)
+        assert found == expected
+        ours, theirs = away.device_states(), home.device_states()
+        names = ("vga", "memory.vga") if is_post else tuple(theirs)
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+
+
+def graphics(machine: Machine) -> None:
+    """Mode X: the window is the planes' logic."""
+    for port, value in ((0x3C4, 0x0604), (0x3CE, 0x0506), (0x3C4, 0x0F02)):
+        machine.ports.write(port, 2, value)
+
+
+def draw(machine: Machine, seed: int) -> list[int]:
+    """Stores into the window, by every function of the graphics controller, and loads."""
+    source = random.Random(seed)
+    found = []
+    for _ in range(60):
+        machine.ports.write(0x3CE, 2, source.randrange(4) << 11 | 0x03)  # replace, and, or, xor
+        machine.ports.write(0x3CE, 2, source.randrange(256) << 8 | 0x08)
+        found.append(machine.mmio.read(0xA0000 + source.randrange(0x8000), 1))
+        for _ in range(source.randrange(40)):
+            machine.mmio.write(0xA0000 + source.randrange(0x100), source.choice((1, 2, 4)), source.randrange(256))
+    return found
+
+
+def test_reads_by_dma_survive_a_death_between(media: tuple[Path, Path]) -> None:
+    for step in ("poked", "poked-done", "done", "committed"):
+        with elsewhere(*media, virtual=False, faults=[(step, 1), (step, 12)]) as (machine, model):
+            for number in range(4):
+                assert read_sector(machine, number) == SECTOR, step
+            assert model.restarted >= (1 if "poked" in step else 2), step
+
+
+def test_one_that_dies_again_and_again_is_given_up(media: tuple[Path, Path]) -> None:
+    with elsewhere(*media, faults=[("done", 2)] * 20) as (machine, model):
+        for _ in range(20):
+            machine.ports.read(0x64, 1)
+        assert machine.outcome is not None
+        assert machine.outcome.reason is Reason.FAILURE
+        assert "times" in machine.outcome.detail
+        assert model.restarted == 5
+
+
+def test_media_that_were_changed_are_there_after_a_death(media: tuple[Path, Path], tmp_path: Path) -> None:
+    disc = tmp_path / "disc.iso"
+    disc.write_bytes(bytes(2048 * 16))
+    with elsewhere(*media) as (machine, model):
+        machine.ports.read(0x64, 1)
+        image = open_image(Drive.parse(f"{disc},ro"))
+        described = describe_image(image)
+        assert described is not None
+        model.storage.insert(False, 2, *described)
+        image.close()
+        before = machine.device_states()
+        for _ in range(2):
+            assert model.pid is not None
+            os.kill(model.pid, signal.SIGKILL)
+            assert machine.device_states() == before
+        assert model.storage.eject(False, 2, False)
 
 
 def test_it_ends_with_its_domain(media: tuple[Path, Path]) -> None:

@@ -690,6 +690,8 @@ class Runner:
         exits = {k.removeprefix("exit."): v for k, v in counters.items() if k.startswith("exit.")}
         engine = dict(machine.vcpu.statistics())
         engine |= {k: v for k, v in counters.items() if not k.startswith("exit.")}
+        if self.model is not None:
+            engine |= {"device-model.requests": self.model.requests, "device-model.restarts": self.model.restarted}
         return {
             "state": self.state,
             "instructions": machine.vcpu.retired(),

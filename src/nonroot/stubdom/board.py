@@ -30,6 +30,8 @@ __all__ = ["RUN", "Hypercalls", "ModelBoard", "ModelMemory"]
 RUN: Final = struct.Struct("<QQIQ")
 """A run of the p2m in its file: gfn, count, backing, offset; the backing's bit 31: the guest may not write."""
 READ_ONLY: Final = 1 << 31
+SHORT: Final = 16
+"""Bytes of a store by DMA that can wait for the end of its request."""
 
 
 class GoneError(ConnectionError):
@@ -91,6 +93,8 @@ class ModelMemory:
         self._p2m = p2m
         self._dma = GuestDma(self.memory, low_end)
         self._seen = -1
+        self.later: list[tuple[int, bytes]] | None = None
+        """Where short stores in the course of a request go, if they have to wait for its end."""
         self._runs: set[tuple[int, int, int, int]] = set()
 
     def _look(self) -> None:
@@ -113,6 +117,13 @@ class ModelMemory:
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """The same; the hypervisor hears which frames were written before the guest can hear of it."""
+        if self.later is not None and self._hypercalls.answering and len(data) <= SHORT:
+            self.later.append((address, bytes(data)))
+            return
+        self.write_now(address, data)
+
+    def write_now(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """The same, without delay."""
         self._look()
         self._dma.write(address, data)
         self._modified(address, len(data))

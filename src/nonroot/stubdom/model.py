@@ -18,6 +18,8 @@ import mmap
 import os
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -32,11 +34,12 @@ from nonroot.hvm.acpi import IsaDevice
 from nonroot.hvm.bus import Bus
 from nonroot.hvm.device import Device, IrqLine
 from nonroot.hvm.dm_op import DmOp, Operations, Shutdown
-from nonroot.hvm.ioreq import ALL_ONES, NEVER, IoreqType
+from nonroot.hvm.ioreq import ALL_ONES, DATA_IS_POINTER, NEVER, READ, IoreqType
 from nonroot.hvm.memory_map import PAGE_SIZE, VGA_END, VGA_START
 from nonroot.hvm.pc import Board, MachineParts
 from nonroot.hvm.ram import BoardRam
 from nonroot.stubdom.board import READ_ONLY, RUN
+from nonroot.stubdom.media import Media, Parts
 from nonroot.stubdom.proxies import (
     MemoryAccess,
     PortAccess,
@@ -47,6 +50,7 @@ from nonroot.stubdom.proxies import (
     RemoteStorage,
     RemoteVga,
 )
+from nonroot.stubdom.records import answered, records_length
 
 __all__ = ["DeviceModel", "Parts"]
 
@@ -56,32 +60,14 @@ BUILD_SECONDS: Final = 60.0
 REPLY: Final = 0
 OPERATIONS: Final = 1
 LOST: Final = 2
-LATE: Final = 3
+FLAGS: Final = 30
+"""Place of a slot's state."""
+MOST_DEATHS: Final = 5
+"""In :data:`DEATH_SECONDS`; the next one is the last."""
+DEATH_SECONDS: Final = 20.0
 PROCESS: Final = "nonroot.stubdom.process"
 WRITABLE: Final = 1 << 63
 MOST_MODIFIED: Final = 1 << 28
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the device model consists of."""
-
-    devices: Sequence[str]
-    """In order: ``display``, ``watchdog``, ``storage``."""
-    drives: Sequence[dict[str, Any] | None] = ()
-    """Four places for IDE drives, each {"cd", "serial", "medium"}; a medium is None, or {"image", "files"}: what
-    :func:`nonroot.backends.handover.describe_image` says, and the number of its descriptors."""
-    floppies: Sequence[dict[str, Any] | None] = ()
-    """Media, likewise."""
-    files: Sequence[int] = ()
-    """The descriptors of all media, in order; they stay the caller's."""
-    enabled: bool = False
-    """Whether the IDE ports are decoded from the beginning."""
-
-    def to_wire(self) -> dict[str, Any]:
-        """As the process gets it."""
-        storage = {"drives": list(self.drives), "floppies": list(self.floppies), "enabled": self.enabled}
-        return {"devices": list(self.devices), "storage": storage}
 
 
 @dataclass(slots=True)
@@ -97,10 +83,8 @@ class _Shared:
 
     @classmethod
     def new(cls) -> "_Shared":
-        """Memory that nobody can make shorter under the other."""
-        file = os.memfd_create("nonroot-ioreq", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(file, ioreq.LENGTH)
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        """Both map it."""
+        file = _sealed_file("nonroot-ioreq", ioreq.LENGTH)
         pages = IoreqPages(file, ioreq.LENGTH, 1)
         pages.set_deadline(NEVER)
         return cls(pages, memoryview(mmap.mmap(file, ioreq.LENGTH)), file)
@@ -119,9 +103,26 @@ class DeviceModel:
     _board: Board
     _machine: MachineParts
 
-    def __init__(self, parts: Parts, domid: int = 0, confined: bool = True, virtual_time: bool = False) -> None:
-        """``confined``: a stub domain; otherwise it runs as Xen's did in domain zero, with all that its user has."""
+    def __init__(
+        self,
+        parts: Parts,
+        domid: int = 0,
+        confined: bool = True,
+        virtual_time: bool = False,
+        *,
+        restarts: bool = True,
+        faults: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        """
+        ``confined``: a stub domain; otherwise it runs as Xen's did in domain zero, with all that its user has.
+
+        ``restarts``: a process that dies is replaced, and the devices go on. ``faults``, for tests: at which step each
+        of the processes dies, and at the how manieth time.
+        """
         self._parts = parts
+        self._media = Media(parts)
+        self._restarts = restarts
+        self._faults = list(faults)
         self._domid = domid
         self._confined = confined
         self._virtual = virtual_time
@@ -138,10 +139,18 @@ class DeviceModel:
         self._isa: dict[int, IrqLine] = {}
         self._intx: dict[tuple[int, int], IrqLine] = {}
         self._firmware: dict[str, Any] | None = None
+        self._record_sizes: list[int] = []
         self._started = False
         self._gone = False
         self._deadline = NEVER
         self._p2m_file = -1
+        self._records_file = -1
+        self._words: memoryview | None = None
+        self._shown: dict[int, tuple[BoardRam, int]] = {}
+        self._given: list[int] = []
+        self._deaths: deque[float] = deque()
+        self.restarted = 0
+        """How often a process has taken over from a dead one."""
         self._listener: threading.Thread | None = None
         self.confinement: dict[str, list[str]] = {}
         """What confines the process, and what could not be had; known once the machine runs."""
@@ -149,7 +158,7 @@ class DeviceModel:
         """I/O requests so far."""
         self.console: RemoteConsole | None = None
         """Screen and keyboard, if the process has them."""
-        self.storage = RemoteStorage(self, self._give)
+        self.storage = RemoteStorage(self, self._give, self._media)
         self._operations = Operations(
             domid,
             {
@@ -190,6 +199,7 @@ class DeviceModel:
         self._board, self._machine = board, board.machine
         self._start_process()
         facts = self._build(board)
+        self._record_sizes = [entry["size"] for entry in facts["devices"]] + [PAGE_SIZE]
         self._plug(board, facts)
         board.timed.append(self)
         if "display" in self._parts.devices or "storage" in self._parts.devices:
@@ -207,6 +217,7 @@ class DeviceModel:
             "low_end": self._machine.low_end,
             "virtual_time": self._virtual,
             "confined": self._confined,
+            "fault": self._faults.pop(0) if self._faults else None,
         }
         self._helper = start_helper(PROCESS, work, [theirs.fileno(), shared.file, *events])
         theirs.close()
@@ -214,19 +225,22 @@ class DeviceModel:
     def _build(self, board: Board) -> dict[str, Any]:
         control = self._control
         control.settimeout(BUILD_SECONDS)
+        known = dict(self._memories)
         try:
-            send(control, {"op": "build", "parts": self._parts.to_wire()}, self._parts.files)
+            parts, files = self._media.describe(self._parts)
+            send(control, {"op": "build", "parts": parts}, files)
             while True:
                 message, _ = receive(control)
                 if message.get("op") != "ram":
                     break
                 name, size = message["name"], message["size"]
-                ram = board.make_ram(name, size)
+                ram = known.get(name) or board.make_ram(name, size)
                 assert isinstance(ram, BoardRam)
                 fd = _writable(self._machine.files[ram.file])
-                send(control, {"number": len(self._memories)}, [fd])
+                if name not in known:
+                    self._memories.append((name, ram))
+                send(control, {"number": [n for n, _ in self._memories].index(name)}, [fd])
                 os.close(fd)
-                self._memories.append((name, ram))
             return dict(json.loads(bytes(self.data[: message["length"]])))
         except LostError:
             raise InternalError("the device model's process ended while it was made") from None
@@ -292,27 +306,40 @@ class DeviceModel:
     def _start(self) -> None:
         """The machine begins: the process gets its memory, and is confined."""
         self._started = True
+        self._machine.share_ram()
+        frames = self._machine.memory_bytes // PAGE_SIZE
+        self._p2m_file = _sealed_file("nonroot-p2m", _whole_pages((frames + 0x10000) * RUN.size))
+        length = records_length(self._record_sizes)
+        self._records_file = _sealed_file("nonroot-records", length)
+        self._words = memoryview(mmap.mmap(self._records_file, length))[:PAGE_SIZE].cast("Q")
+        self._send_start(resume=False, finish=False)
+
+    def _send_start(self, resume: bool, finish: bool) -> None:
         machine = self._machine
-        machine.share_ram()
-        frames = machine.memory_bytes // PAGE_SIZE
-        self._p2m_file = os.memfd_create("nonroot-p2m", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._p2m_file, _whole_pages((frames + 0x10000) * RUN.size))
-        fcntl.fcntl(self._p2m_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         firmware = b"" if self._firmware is None else json.dumps(self._firmware).encode()
         backings = [_writable(fd) for fd in machine.files]
         contents = os.memfd_create("nonroot-firmware", os.MFD_CLOEXEC)
         try:
             os.pwrite(contents, firmware, 0)
-            sizes = [os.fstat(fd).st_size for fd in backings]
-            message = {"op": "start", "firmware": len(firmware), "backings": sizes, "low_end": machine.low_end}
-            send(self._control, message, [self._p2m_file, contents, *backings])
+            message = {
+                "op": "start",
+                "firmware": len(firmware),
+                "backings": [os.fstat(fd).st_size for fd in backings],
+                "low_end": machine.low_end,
+                "keep": self._restarts,
+                "resume": resume,
+                "finish": finish,
+                "unplugged": sorted(self._media.unplugged),
+            }
+            send(self._control, message, [self._p2m_file, contents, self._records_file, *backings])
         except LostError:
             self._end("ended before its guest began")
             return
         finally:
             for fd in (contents, *backings):
                 os.close(fd)
-        self._listener = threading.Thread(target=self._listen, name="nonroot-device-model", daemon=True)
+        life = self._life
+        self._listener = threading.Thread(target=lambda: self._listen(life), name="nonroot-device-model", daemon=True)
         self._listener.start()
         self.confinement = self.control("confinement")
 
@@ -327,14 +354,28 @@ class DeviceModel:
         pages, shared, board = self._shared.pages, self._shared, self._board
         pages.stamp(board.clock.now_ns(), self._machine.memory.generation())
         self.requests += 1
+        payload = b""
+        if self._restarts:
+            assert self._words is not None
+            self._words[1] = self.requests
+            if kind == IoreqType.CONTROL or flags & (DATA_IS_POINTER | READ) == DATA_IS_POINTER:
+                payload = bytes(self.data[data : data + size * count])
         pages.submit(0, kind, flags, addr, data, size, count, shared.request)
         what, value = pages.reply(0, shared.reply, self._life, ANSWER_SECONDS)
-        while what == OPERATIONS:
-            self._operate()
+        while what != REPLY:
+            if what == OPERATIONS:
+                self._operate()
+            else:
+                known = self._replace("ended" if what == LOST else f"did not answer within {ANSWER_SECONDS:.0f} s")
+                if known is not None:
+                    value = known
+                    break
+                self.data[data : data + len(payload)] = payload
+                self.requests += 1
+                assert self._words is not None
+                self._words[1] = self.requests
+                pages.submit(0, kind, flags, addr, data, size, count, shared.request)
             what, value = pages.reply(0, shared.reply, self._life, ANSWER_SECONDS)
-        if what != REPLY:
-            self._end("ended" if what == LOST else f"did not answer within {ANSWER_SECONDS:.0f} s")
-            return ALL_ONES
         if pages.deadline() != self._deadline:
             self._deadline = pages.deadline()
             board.clock.rearm()
@@ -386,18 +427,64 @@ class DeviceModel:
         else:
             self._operate()
 
-    def _listen(self) -> None:
-        while self._shared.pages.wait_for_event(self._shared.operations, self._life):
+    def _listen(self, life: int) -> None:
+        while self._shared.pages.wait_for_event(self._shared.operations, life):
             self._board.post(self._attend)
-        self._board.post(lambda: self._end("ended"))
+        self._board.post(lambda: self._lost(life))
+
+    def _lost(self, life: int) -> None:
+        if not self._gone and life == self._life:
+            self._replace("ended")
+
+    def _replace(self, how: str) -> int | None:
+        """
+        Its process is dead, or of no use: another one takes over. The reply to the present request; None: do it again.
+
+        If nobody can take over, the device model is gone for good.
+        """
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - DEATH_SECONDS:
+            self._deaths.popleft()
+        if not self._restarts or len(self._deaths) > MOST_DEATHS or self._helper is None:
+            self._end(how if not self._restarts else f"{how}, and has done so {len(self._deaths)} times")
+            return ALL_ONES
+        self._operate()
+        self._helper.process.kill()
+        self._helper.close()
+        assert self._words is not None
+        number, reply = answered(self._words)
+        pending = self._shared.pages.state(0) != ioreq.IoreqState.NONE
+        known = reply if pending and number == self.requests else None
+        if known is not None:
+            self._media.settle()
+        slot = self._shared.area[: ioreq.Ioreq.LAYOUT.size]
+        slot[FLAGS] = 0  # none
+        for address, (ram, length) in list(self._shown.items()):
+            ram.hide(address, length)
+        self._shown.clear()
+        kept = bytes(self.data)
+        old = self._control
+        self._control, self._theirs = message_pair()
+        self._life = self._control.fileno()
+        old.close()
+        self._start_process()
+        self._build(self._board)
+        self.restarted += 1
+        self._send_start(resume=True, finish=known is not None)
+        self.data[:] = kept
+        if self._given and known is None and not self._gone:
+            send(self._control, {"op": "files"}, self._given)
+        return ALL_ONES if self._gone else known
 
     def _give(self, files: list[int]) -> None:
+        """``files`` go with the control request that follows; none: it is over."""
         if not self._started:
             self._start()
-        try:
-            send(self._control, {"op": "files"}, files)
-        except LostError:
-            self._end("ended")
+        self._given = files
+        if files:
+            with contextlib.suppress(LostError):  # whoever takes over gets them
+                send(self._control, {"op": "files"}, files)
 
     def _end(self, how: str) -> None:
         if not self._gone:
@@ -488,12 +575,14 @@ class DeviceModel:
         writable, length = bool(length & WRITABLE), length & ~WRITABLE
         self._legacy_window(address, length)
         self._ram(number).show(address, offset, length, writable)
+        self._shown[address] = self._ram(number), length
         return 0
 
     def _hide_memory(self, args: Sequence[int]) -> int:
         number, address, length = args[:3]
         self._legacy_window(address, length)
         self._ram(number).hide(address, length)
+        self._shown.pop(address, None)
         return 0
 
     def _legacy_window(self, address: int, length: int) -> None:
@@ -528,9 +617,19 @@ class DeviceModel:
             self._listener.join()
         self._control.close()
         self._shared.close()
-        if self._p2m_file >= 0:
-            os.close(self._p2m_file)
-            self._p2m_file = -1
+        self._media.close()
+        for fd in (self._p2m_file, self._records_file):
+            if fd >= 0:
+                os.close(fd)
+        self._p2m_file = self._records_file = -1
+
+
+def _sealed_file(name: str, size: int) -> int:
+    """Memory that nobody can make shorter under the other."""
+    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(file, size)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return file
 
 
 def _writable(fd: int) -> int:

@@ -5,8 +5,8 @@ the pages of I/O requests, eventfds, its disks, and a socket through which media
 
 Messages on the socket: ``build`` {"parts"} with the descriptors of media; while it is being answered, the process asks
 for ``ram`` {"name", "size"} and gets its number and descriptor. ``start`` {"firmware", "backings", "low_end"} with
-descriptors of the p2m's file, of the firmware's files and of each backing; requests follow at once. It answers there,
-as it may not send any more.
+descriptors of the p2m's file, of the firmware's files, of the devices' records and of each backing; requests follow at
+once. It answers there, as it may not send any more. With ``resume``, it goes on where another process has died.
 """
 
 import array  # noqa: F401 - what is imported later could not be found
@@ -27,6 +27,7 @@ from nonroot.backends.message import LostError, receive, send
 from nonroot.confine import STUB, confine
 from nonroot.hvm import ioreq
 from nonroot.stubdom.board import Hypercalls, ModelBoard, ModelMemory
+from nonroot.stubdom.records import Records
 from nonroot.stubdom.serve import Model
 
 __all__: list[str] = []
@@ -65,6 +66,8 @@ class _Target:
             lambda: receive(self.control)[1],
             work["virtual_time"],
         )
+        if work["fault"] is not None:
+            self.model.fault = (work["fault"][0], work["fault"][1])
 
     def _ram(self, name: str, size: int) -> tuple[int, int]:
         send(self.control, {"op": "ram", "name": name, "size": size})
@@ -79,15 +82,18 @@ class _Target:
         send(self.control, {"length": len(answer)})
 
     def start(self, confined: bool) -> None:
-        request, (p2m, contents, *files) = receive(self.control)
+        request, (p2m, contents, kept, *files) = receive(self.control)
         length = request["firmware"]
         firmware = json.loads(os.pread(contents, length, 0)) if length else None
         runs = mmap.mmap(p2m, os.fstat(p2m).st_size, prot=mmap.PROT_READ)
         backings = list(zip(files, request["backings"], strict=True))
-        self.memory.map(ModelMemory(self.hypercalls, backings, runs, request["low_end"]))
-        for fd in (p2m, contents, *files):
-            os.close(fd)
+        memory = ModelMemory(self.hypercalls, backings, runs, request["low_end"])
+        self.memory.map(memory)
         self.model.start(firmware)
+        if request["keep"]:
+            self._keep(memory, kept, request)
+        for fd in (p2m, contents, kept, *files):
+            os.close(fd)
         for name in LATER:
             importlib.import_module(name)
         gc.collect()
@@ -96,6 +102,19 @@ class _Target:
             # Python's mappings keep a descriptor of what they map; they are not needed, and never closed after this.
             keep = [*self.events, self.control.fileno(), *self.model.descriptors()]
             self.model.confinement = confine(STUB, keep=keep).facts()
+
+    def _keep(self, memory: ModelMemory, file: int, request: dict[str, Any]) -> None:
+        model = self.model
+        records = Records(memoryview(mmap.mmap(file, os.fstat(file).st_size)), self.board.board.devices)
+        for place in request["unplugged"]:
+            assert model.storage is not None
+            model.storage.ide.unplug(place)
+        model.store = memory.write_now
+        if request["finish"]:  # a request whose reply is there: this is the rest of it
+            model.stores.extend(records.stores())
+            model.finish_stores()
+        model.keep(records, request["resume"])
+        memory.later = model.stores
 
 
 class LateMemory:

@@ -10,6 +10,7 @@ from nonroot.devices.pci_device import DeviceRam
 from nonroot.devices.vga_state import VgaState
 from nonroot.hvm.device import StateError, StateRecord
 from nonroot.hvm.ioreq import DATA_IS_POINTER, DATA_LENGTH, READ, IoreqType, pci_address
+from nonroot.stubdom.media import Media
 
 __all__ = [
     "MemoryAccess",
@@ -233,25 +234,39 @@ class RemoteConsole:
 class RemoteStorage:
     """The drives, for whoever changes media, or takes disks off their cable."""
 
-    def __init__(self, channel: Channel, give: Callable[[list[int]], object]) -> None:
-        """``give`` hands descriptors to the process; what they are for follows."""
-        self._channel, self._give = channel, give
+    def __init__(self, channel: Channel, give: Callable[[list[int]], object], media: Media) -> None:
+        """``give`` hands descriptors to the process; what they are for follows. ``media``: of the drives."""
+        self._channel, self._give, self._media = channel, give, media
 
     def eject(self, floppy: bool, place: int, force: bool) -> bool:
         """False, and nothing done, if the guest has locked the medium."""
-        return bool(self._channel.control("eject", floppy=floppy, place=place, force=force).get("ejected"))
+        self._media.change(floppy, place, None)
+        done = bool(self._channel.control("eject", floppy=floppy, place=place, force=force).get("ejected"))
+        if done:
+            self._media.settle()
+        else:
+            self._media.forget()
+        return done
 
     def insert(self, floppy: bool, place: int, image: dict[str, Any], files: list[int]) -> None:
         """Put a medium into a drive."""
+        medium = {"image": image, "files": len(files)}
+        self._media.change(floppy, place, medium, files)
         self._give(files)
-        self._channel.control("insert", floppy=floppy, place=place, medium={"image": image, "files": len(files)})
+        self._channel.control("insert", floppy=floppy, place=place, medium=medium)
+        self._give([])
+        self._media.settle()
 
     def unplug(self, place: int) -> None:
         """Take a disk off; what it was asked to write is on stable storage then. OSError."""
+        self._media.plug(place, False)
         answer = self._channel.control("unplug", place=place)
+        self._media.settle()
         if "error" in answer:
             raise OSError(answer["error"])
 
     def plug(self, place: int) -> None:
         """Put it back."""
+        self._media.plug(place, True)
         self._channel.control("plug", place=place)
+        self._media.settle()

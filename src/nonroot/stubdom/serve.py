@@ -5,6 +5,7 @@ The same object serves a process of its own (:meth:`Model.serve`) and a test's t
 
 import base64
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from nonroot.hvm.ioreq import (
     pci_function,
 )
 from nonroot.stubdom.board import GoneError, Hypercalls, ModelBoard
+from nonroot.stubdom.records import Records
 
 __all__ = ["LOST", "Model"]
 
@@ -61,8 +63,17 @@ class Model:
         self._virtual = virtual_time
         self._services: list[BlockService] = []
         self._devices: dict[str, Device] = {}
+        self._all: list[Device] = []
+        self._groups: dict[str, list[Device]] = {}
         self.storage: Storage | None = None
         self.console: Console | None = None
+        self.records: Records | None = None
+        """Where the devices' records are kept, if they are."""
+        self.stores: list[tuple[int, bytes]] = []
+        """Short stores by DMA that wait for the end of a request."""
+        self.store: Callable[[int, bytes], object] = lambda address, data: None
+        self.fault: tuple[str, int] | None = None
+        """For tests: at which step this process dies, and at the how manieth time."""
         self.confinement: dict[str, list[str]] = {"confined": [], "unconfined": []}
         """What confines the process."""
 
@@ -128,7 +139,7 @@ class Model:
                 for bar in getattr(device, "bars", ())
             ]
             record = f"{kind.__module__}:{kind.__qualname__}"
-            devices.append({"name": device.name, "function": key, "bars": bars, "record": record})
+            devices.append({"name": device.name, "function": key, "bars": bars, "record": record, "size": kind.size()})
         fixed = [
             {"bus": bus.name, "base": r.base, "length": r.length, "sizes": r.sizes}
             for bus in (self._board.ports, self._board.mmio)
@@ -156,7 +167,13 @@ class Model:
             fw_cfg = FwCfg(items, files, board.dma, board.events)
             board.ports.add(FW_CFG_PORTS, FW_CFG_LENGTH, fw_cfg, sizes=(1, 2, 4))
             board.add(fw_cfg)
-        self._devices = {device.name: device for device in self._board.board.devices}
+        self._all = list(self._board.board.devices)
+        self._devices = {device.name: device for device in self._all}
+        self._groups = {device.name: [device] for device in self._all}
+        # One of them moves the other's data.
+        if "floppy" in self._groups:
+            both = [*self._groups["floppy"], *self._groups["dma8237"]]
+            self._groups["floppy"] = self._groups["dma8237"] = both
         self._board.seal()
         self._board.settle()
 
@@ -179,23 +196,87 @@ class Model:
         """Wait for something to do, and do it. False if the hypervisor is gone."""
         item = self._pages.next(self._request, self._life, seconds)
         what = item[0]
+        records = self.records
         if what == REQUEST:
             _, vcpu, kind, flags, addr, data, size, count = item
+            if self.fault:
+                self._die("taken")
             self._hypercalls.answering = True
+            reached = None if records is None else self._reached(kind, addr, size)
             value = self._answer(kind, flags, addr, data, size, count)
             # What came of it at once is seen with the reply.
             if self._board.posted:
                 self._board.run_posted()
+                reached = None
             self._board.settle()
+            if self.fault:
+                self._die("done")
+            if records is not None:
+                records.commit(self._all if reached is None else reached, value, self.stores)
+                if self.fault:
+                    self._die("committed")
+                self.finish_stores()
             self._hypercalls.answering = False
             self._pages.respond(vcpu, value, self._reply)
+            if self.fault:
+                self._die("answered")
         elif what == POKED:
+            if self.fault:
+                self._die("poked")
             self._board.run_posted()
             self._board.settle()
+            if self.fault:
+                self._die("poked-done")
+            if records is not None:
+                records.commit(self._all)
         elif what == WRITES:
+            if self.fault:
+                self._die("writes")
             self._write(item[1])
             self._board.settle()
+            if self.fault:
+                self._die("writes-done")
+            if records is not None:
+                records.commit(self._groups.get("vga", self._all))
+                if self.fault:
+                    self._die("writes-committed")
+            self._pages.finish_writes(len(item[1]))
         return bool(what != LOST)
+
+    def finish_stores(self) -> None:
+        """Do the stores that were waiting."""
+        for address, data in self.stores:
+            self.store(address, data)
+        self.stores.clear()
+
+    def _die(self, step: str) -> None:
+        assert self.fault is not None
+        name, times = self.fault
+        if name == step:
+            if times <= 1:
+                os._exit(9)
+            self.fault = name, times - 1
+
+    def _reached(self, kind: int, addr: int, size: int) -> list[Device] | None:
+        """The devices that a request can change; None: all of them."""
+        if kind == IoreqType.PIO:
+            entry = self._board.ports.reads.get(addr << 4 | size)
+            owner = None if entry is None else getattr(entry[0], "__self__", None)
+        elif kind == IoreqType.PCI_CONFIG:
+            owner = self._board.pci.functions.get(pci_function(addr)[0])
+        elif kind == IoreqType.INVALIDATE:
+            return []
+        else:
+            return self._groups.get("vga") if kind == IoreqType.COPY else None
+        return None if owner is None else self._groups.get(getattr(owner, "name", ""))
+
+    def keep(self, records: Records, resume: bool) -> None:
+        """Keep the devices' records there; with ``resume``, go on from what is kept."""
+        if resume:
+            records.load()
+            self._board.run_posted()
+        records.commit(self._all)
+        self.records = records
 
     def _answer(self, kind: int, flags: int, addr: int, data: int, size: int, count: int) -> int:
         if kind == IoreqType.PIO or kind == IoreqType.COPY:
@@ -237,7 +318,6 @@ class Model:
             else:
                 mmio.write(addr, 8, half | data << 32)
                 half = None
-        self._pages.finish_writes(len(writes))
 
     # ── control ──
 
