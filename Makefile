@@ -9,6 +9,7 @@
 #   make matrix    the boot matrix: systems from disk, CD and floppy
 #   make soak      the long loops; can be interrupted and resumed
 #   make bench     the boot, VM exits, work in guests, disks and networks, side by side with QEMU's software CPU
+#   make bench-stubdom   device models here and in processes of their own
 #   make wheel     one abi3 wheel in dist/
 #   make clean     removes what was built here
 
@@ -24,7 +25,7 @@ CARGO        := cargo
 MANIFEST     := --manifest-path rust/Cargo.toml
 ENGINE_FILES := $(shell find rust guest -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.c' -o -name '*.h' -o -name '*.S' -o -name '*.ld' \) -print 2>/dev/null)
 
-.PHONY: demo test check test-all test-kvm matrix soak bench wheel clean engine dev guests cargo-test
+.PHONY: demo test check test-all test-kvm matrix soak bench bench-stubdom wheel clean engine dev guests cargo-test
 .DEFAULT_GOAL := demo
 
 $(STAMPS)/venv: scripts/preflight
@@ -93,6 +94,10 @@ bench: $(STAMPS)/dev guests
 	$(PY) -m bench.disk $(BENCH)
 	$(PY) -m bench.pv $(BENCH)
 	$(PY) -m bench.saved $(BENCH)
+
+bench-stubdom: $(STAMPS)/dev
+	$(PY) -m bench.stubdom
+	$(PY) -m bench.stubdom --hogs 2
 
 check: $(STAMPS)/dev
 	$(VENV)/bin/ruff format --check

@@ -38,6 +38,12 @@ POKED: Final = 4
 WRITES: Final = 5
 REQUEST: Final = 6
 
+QUIET_READS: Final = {
+    "vga": frozenset({0x04, 0x05, *range(0x10, 0x19), 0x1A, 0x1C, 0x1E, 0x1F, 0x24, 0x25}),
+    "ps2": frozenset({1}),
+}
+"""Offsets of ports whose loads change nothing: indices and data of the VGA but its palette, the keyboard's status."""
+
 Received = Callable[[], list[int]]
 """Gets the descriptors that come with a control request."""
 
@@ -202,7 +208,7 @@ class Model:
             if self.fault:
                 self._die("taken")
             self._hypercalls.answering = True
-            reached = None if records is None else self._reached(kind, addr, size)
+            reached = None if records is None else self._reached(kind, flags, addr, size)
             value = self._answer(kind, flags, addr, data, size, count)
             # What came of it at once is seen with the reply.
             if self._board.posted:
@@ -211,7 +217,8 @@ class Model:
             self._board.settle()
             if self.fault:
                 self._die("done")
-            if records is not None:
+            # What changes nothing may be done twice, and needs no record.
+            if records is not None and (reached is None or reached or self.stores):
                 records.commit(self._all if reached is None else reached, value, self.stores)
                 if self.fault:
                     self._die("committed")
@@ -257,8 +264,9 @@ class Model:
                 os._exit(9)
             self.fault = name, times - 1
 
-    def _reached(self, kind: int, addr: int, size: int) -> list[Device] | None:
+    def _reached(self, kind: int, flags: int, addr: int, size: int) -> list[Device] | None:
         """The devices that a request can change; None: all of them."""
+        entry = None
         if kind == IoreqType.PIO:
             entry = self._board.ports.reads.get(addr << 4 | size)
             owner = None if entry is None else getattr(entry[0], "__self__", None)
@@ -268,6 +276,8 @@ class Model:
             return []
         else:
             return self._groups.get("vga") if kind == IoreqType.COPY else None
+        if entry is not None and flags & READ and entry[1] in QUIET_READS.get(getattr(owner, "name", ""), ()):
+            return []
         return None if owner is None else self._groups.get(getattr(owner, "name", ""))
 
     def keep(self, records: Records, resume: bool) -> None:
