@@ -222,7 +222,7 @@ STEPS = ("taken", "done", "committed", "answered", "writes", "writes-done", "wri
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_death_at_any_step_of_a_request_is_not_noticed(media: tuple[Path, Path], step: str, seed: int) -> None:
     is_post = step.startswith("writes")
     faults = [(step, times) for times in ((7, 20, 3) if is_post else (40, 333, 250))]

@@ -47,6 +47,8 @@ impl IoreqPages {
         }
     }
 
+    // The fields of a request, and whom to wake.
+    #[allow(clippy::too_many_arguments)]
     fn submit(
         &self,
         vcpu: usize,

@@ -148,6 +148,8 @@ pub struct Pages {
     length: usize,
     vcpus: usize,
     spin: AtomicU32,
+    /// On the only processor, spinning would keep the other side from working.
+    alone: bool,
     poked: AtomicBool,
 }
 
@@ -170,7 +172,7 @@ impl Pages {
         }
         let alone = std::thread::available_parallelism().map_or(true, |n| n.get() < 2);
         let spin = AtomicU32::new(if alone { 0 } else { FIRST_SPIN_NS });
-        Ok(Pages { base: base.cast(), length, vcpus, spin, poked: AtomicBool::new(false) })
+        Ok(Pages { base: base.cast(), length, vcpus, spin, alone, poked: AtomicBool::new(false) })
     }
 
     fn word(&self, at: usize) -> &AtomicU32 {
@@ -526,7 +528,7 @@ impl Pages {
         } else {
             0
         };
-        if std::thread::available_parallelism().map_or(false, |n| n.get() > 1) {
+        if !self.alone {
             self.spin.store(new, Ordering::Relaxed);
         }
     }
