@@ -52,6 +52,9 @@ const OP_STATUS: usize = 48;
 
 /// The longest that anybody spins before it sleeps.
 pub const LONGEST_SPIN: Duration = Duration::from_micros(40);
+/// A sleep that was shorter than this was mostly the time that falling asleep and waking takes, on both sides.
+const SHORT_SLEEP: Duration = Duration::from_micros(300);
+const YIELD_AFTER: Duration = Duration::from_micros(4);
 const FIRST_SPIN_NS: u32 = 5_000;
 
 /// Xen's `struct ioreq`, but for the event channel's number.
@@ -483,12 +486,20 @@ impl Pages {
         }
         let began = Instant::now();
         let spin = Duration::from_nanos(u64::from(self.spin.load(Ordering::Relaxed)));
-        while began.elapsed() < spin {
+        loop {
+            let spun = began.elapsed();
+            if spun >= spin {
+                break;
+            }
             for _ in 0..32 {
                 std::hint::spin_loop();
                 if let Some(found) = look() {
                     return Ok(found);
                 }
+            }
+            if spun > YIELD_AFTER {
+                // The other side may be waiting for this very processor.
+                std::thread::yield_now();
             }
         }
         let slept = Instant::now();
@@ -521,7 +532,7 @@ impl Pages {
     fn adapt(&self, slept: Duration) {
         let spin = self.spin.load(Ordering::Relaxed);
         let longest = LONGEST_SPIN.as_nanos() as u32;
-        let new = if slept < LONGEST_SPIN * 2 {
+        let new = if slept < SHORT_SLEEP {
             (spin * 2).clamp(FIRST_SPIN_NS, longest)
         } else if spin > 1000 {
             spin / 2
