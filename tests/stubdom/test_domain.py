@@ -8,7 +8,7 @@ import pytest
 
 from nonroot import Domain, _engine
 from nonroot.confine.host import descendants, observe
-from nonroot.errors import BadOptionError
+from nonroot.errors import BadOptionError, UnsupportedError
 from tests.platform.test_domain import SPIN, image, options
 from tests.platform.test_reset import BY_8042, BY_CF9
 from tests.waiting import wait_until
@@ -67,6 +67,15 @@ def test_a_stub_that_dies_is_replaced_and_nobody_notices(tmp_path: Path) -> None
         assert second != first
         domain.reset()
         domain.console.expect("2", 30)
+
+
+def test_saving_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with Domain(firmware=image(tmp_path, SPIN), device_model="stub", **options()) as domain:  # type: ignore[arg-type]
+        domain.console.expect("1", 30)
+        with pytest.raises(UnsupportedError, match="device model"):
+            domain.save(tmp_path / "saved")
+        with pytest.raises(UnsupportedError, match="device model"):
+            domain.fork()
 
 
 def test_an_unknown_device_model(tmp_path: Path) -> None:

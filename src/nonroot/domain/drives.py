@@ -499,6 +499,7 @@ class Drives:
         image = self._given.pop((kind, place), None) if is_out else None
         if image is not None:
             self._open = [other for other in self._open if other is not image]
+            self._media = [pair for pair in self._media if pair[0] is not image]
             with contextlib.suppress(OSError):
                 image.close()
         return is_out

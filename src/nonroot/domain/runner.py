@@ -47,7 +47,7 @@ from nonroot.domain.saving import (
 )
 from nonroot.domain.sealing import can_be_sealed, connector, seal
 from nonroot.domain.shares import SHARE_MODULES, Shares, parse_shares, setup_lines
-from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError, NotRunningError
+from nonroot.errors import BadFileError, BadOptionError, InternalError, NonrootError, NotRunningError, UnsupportedError
 from nonroot.hvm.device import StateError
 from nonroot.hvm.ram import BoardRam
 from nonroot.hvm.saved import restore, take
@@ -451,6 +451,11 @@ class Runner:
 
     def check_can_be_saved(self, forking: bool) -> None:
         """UnsupportedError, one sentence, for devices that cannot go on elsewhere; see :class:`GuestDevices`."""
+        if self.model is not None:
+            raise UnsupportedError(
+                "a domain whose device model has a process of its own cannot be saved or forked yet: "
+                "use device model 'internal'"
+            )
         if forking:
             self.drives.check_can_be_forked()
         if self.guest_devices is not None:
