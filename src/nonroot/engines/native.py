@@ -32,7 +32,11 @@ invalidation. A difference ends the domain with an internal error. For tests: it
 
 
 WINDOWS_AFTER: Final = "NONROOT_WINDOWS_AFTER"
-"""Environment variable: instructions after which user code gets windows. For tests: 1 is at once."""
+"""
+Environment variable: instructions after which user code gets windows (60000000 is sensible; 1, for tests, is at once).
+Without it there are none: they are new.
+"""
+WINDOWS: Final = "windows"
 
 
 def _number(variable: str, what: str, most: int) -> int:
@@ -137,12 +141,16 @@ class InterpretEngine:
             raise BadOptionError(f"the {self.name} engine has no CPU feature {missing} on this machine")
         if not 0 <= apic_id < policy.vcpus:
             raise BadOptionError(f"APIC ID {apic_id} is not one of the domain's {policy.vcpus} vCPUs")
+        off = options.off | self._switched_off()
+        windows_after = _number(WINDOWS_AFTER, "instructions", (1 << 62) - 1) if self._translates else 0
+        if self._translates and not windows_after and "windows_after" not in self._more:
+            off |= {WINDOWS}
         raw_options: dict[str, Any] = {
             "tsc_khz": policy.tsc_khz,
             "apic_bus_hz": CRYSTAL_HZ,
             "virtual_time": options.virtual_time,
             "random_seed": options.random_seed,
-            "off": sorted(options.off | self._switched_off()),
+            "off": sorted(off),
             "translate": self._translates,
             **self._more,
             "msr_exits": options.msr_exits,
@@ -151,8 +159,8 @@ class InterpretEngine:
         }
         if audit := self._audit():
             raw_options["audit"] = audit
-        if self._translates and (after := _number(WINDOWS_AFTER, "instructions", (1 << 62) - 1)):
-            raw_options["windows_after"] = after
+        if windows_after:
+            raw_options["windows_after"] = windows_after
         leaves = list[tuple[int, int, int, int, int, int]](policy.cpuid())
         try:
             raw = _engine.Vcpu(memory, apic_id, leaves, policy.msrs(), raw_options)
