@@ -8,9 +8,11 @@
 The names here are the public interface; they are imported when first used, so ``import nonroot`` costs nothing.
 """
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # typing's own would cost the half of what everything here does
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from nonroot.api import Domain as Domain
     from nonroot.api import Statistics as Statistics
     from nonroot.api import Stopped as Stopped
@@ -96,7 +98,7 @@ __all__ = [
 __all__ += _HOMES["nonroot.errors"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

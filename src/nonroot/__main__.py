@@ -1,5 +1,5 @@
 """``python -m nonroot`` is the ``nonroot`` command."""
 
-from nonroot.cli.main import entry
+from nonroot.cli.start import entry
 
 entry()

@@ -1,5 +1,6 @@
 """The command line itself: help, versions, completion, and everything that can be typed wrongly."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nonroot.cli import start
 from nonroot.cli.main import main
 from nonroot.cli.run import parse_env
+from nonroot.domain import early
 from nonroot.domain.client import DomainClient
 from nonroot.domain.files import parse_copy
 from nonroot.errors import BadOptionError
@@ -126,7 +129,34 @@ def test_copy_options(tmp_path: Path) -> None:
             parse_copy(text, "--copy-in")
 
 
-def test_a_process_that_was_started_early_ends_with_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--no-such-option"]) == 125
+def test_a_process_that_was_started_early_ends_with_the_command(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[early.Early] = []
+
+    class Noted(early.Early):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(early, "Early", Noted)
+    monkeypatch.setattr(sys, "argv", ["nonroot", "run", "--no-such-option"])
+    assert start.main() == 125
     assert DomainClient.started_early() is None
     assert "no such option" in capfd.readouterr().err.lower()
+    [process] = made
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+def test_a_process_that_was_started_early_has_nothing_else_of_its_caller() -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    early.start()
+    os.close(writer)
+    client = DomainClient.started_early()
+    assert client is not None
+    assert os.read(reader, 1) == b""  # nobody has the other end
+    os.close(reader)
+    assert client.request("hello", 30)
+    client.close()

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from nonroot.cli.output import OWN_FAILURE, Reporter
+from nonroot.cli.start import ensure_standard_streams
 from nonroot.errors import NonrootError
 
 __all__ = ["cli", "main"]
@@ -129,22 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors are one sentence on stderr, and status 125."""
     ensure_standard_streams()
     reporter = Reporter()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    early = given[:1] == ["run"] and not {"--help", "-h"} & set(given)
-    if early:
-        from nonroot.domain.client import DomainClient
-
-        DomainClient.start_early()
     try:
-        return _run(given, reporter)
-    finally:
-        if early:
-            DomainClient.forget_early()
-
-
-def _run(arguments: Sequence[str], reporter: Reporter) -> int:
-    try:
-        status = cli.main(args=list(arguments), prog_name="nonroot", standalone_mode=False)
+        status = cli.main(
+            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="nonroot", standalone_mode=False
+        )
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -170,21 +159,3 @@ def _run(arguments: Sequence[str], reporter: Reporter) -> int:
             reporter.line("this is a defect of nonroot; please report it with the output of NONROOT_DEBUG=1")
         return OWN_FAILURE
     return status if isinstance(status, int) else 0
-
-
-def ensure_standard_streams() -> None:
-    """Open what the caller closed (``2>&-``), so that no file of ours gets the number of a standard stream."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            fd = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
-            if fd != number:
-                os.dup2(fd, number)
-                os.close(fd)
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
-
-
-def entry() -> None:
-    """For ``python -m nonroot``."""
-    sys.exit(main())

@@ -3,21 +3,20 @@
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol
 
 from nonroot.domain import host
+from nonroot.domain.early import environment
 
-__all__ = ["DEFAULT_PROGRAM", "Child", "Template", "process_environment", "start_program"]
+__all__ = ["Child", "EarlyChild", "Template", "start_program"]
 
-DEFAULT_PROGRAM: Final = [sys.executable, "-P", "-c", "from nonroot.domain.__main__ import main; main()"]
-"""What is run as a domain's process."""
 TEMPLATE: Final = "from nonroot.domain.template import main; main({})"
 MAX_REQUEST: Final = 1 << 16
 """Bytes of a request to a template; a larger environment needs a program of its own."""
@@ -51,10 +50,46 @@ def start_program(
             stdout=output,
             stderr=output,
             pass_fds=[control.fileno(), *inherited],
-            env=process_environment(),
+            env=environment(),
             cwd="/",
             start_new_session=True,
         )
+
+
+class EarlyChild:
+    """A process that :mod:`nonroot.domain.early` has started; a :class:`Child`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._status: int | None = None
+        self._lock = threading.Lock()
+
+    def poll(self) -> int | None:
+        """How it ended."""
+        with self._lock:
+            if self._status is None:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self._status = os.waitstatus_to_exitcode(status) if ended else None
+            return self._status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """How it ended, when it has."""
+        if (status := self.poll()) is not None:
+            return status
+        watched = os.pidfd_open(self.pid)
+        try:
+            ready, _, _ = select.select([watched], [], [], timeout)
+        finally:
+            os.close(watched)
+        status = self.poll() if ready else None
+        if status is None:
+            raise subprocess.TimeoutExpired("a domain's process", timeout or 0.0)
+        return status
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, sig)
 
 
 class Template:
@@ -108,7 +143,7 @@ class Template:
         """A new process for a domain. None if it cannot be had this way. OSError if the host has none."""
         with self._lock:
             number, self._next = self._next, self._next + 1
-        packet = json.dumps({"start": number, "environment": process_environment()}).encode()
+        packet = json.dumps({"start": number, "environment": environment()}).encode()
         if len(packet) > MAX_REQUEST or self._gone:
             return None
         try:
@@ -148,7 +183,7 @@ class Template:
                     stdin=null,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env=process_environment(),
+                    env=environment(),
                     cwd="/",
                     start_new_session=True,
                 )
@@ -212,15 +247,3 @@ class TemplateChild:
 
     def __del__(self) -> None:
         self._template.forget(self.pid)
-
-
-def process_environment() -> dict[str, str]:
-    """Ours, such that a new Python finds this package."""
-    package = Path(__file__).resolve().parents[2]
-    environment = dict(os.environ)
-    search = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if package.name not in ("site-packages", "dist-packages"):
-        search.append(str(package))
-    if search:
-        environment["PYTHONPATH"] = os.pathsep.join(search)
-    return environment

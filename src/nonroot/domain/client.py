@@ -15,16 +15,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from nonroot.domain import host
-from nonroot.domain.child import DEFAULT_PROGRAM, Child, Template, process_environment, start_program
+from nonroot.domain import early, host
+from nonroot.domain.child import Child, EarlyChild, Template, start_program
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
 from nonroot.errors import DomainLostError, InternalError, NonrootError, TransientError, error_from_wire
 
-__all__ = ["PROGRAM", "DomainClient", "Pending", "process_environment"]
+__all__ = ["PROGRAM", "DomainClient", "Pending"]
 
-PROGRAM = list(DEFAULT_PROGRAM)
+PROGRAM = list(early.PROGRAM)
 """What is run as a domain's process."""
 
 
@@ -83,17 +83,18 @@ class DomainClient:
 
     # ── start and end ──
 
-    _early: "ClassVar[DomainClient | None]" = None
-
     @classmethod
-    def start_early(cls) -> None:
-        """Start the process of a domain that is about to be made: it loads its modules while we load ours."""
+    def started_early(cls) -> "DomainClient | None":
+        """The client of the process that :func:`nonroot.domain.early.start` has started, once."""
+        started = early.started()
+        if started is None:
+            return None
         client = cls()
-        try:
-            client.spawn()
-        except NonrootError:
-            return  # whoever makes the domain will see why
-        cls._early = client
+        client._socket, client._trace_fd, client.pid = started.control, started.output, started.pid
+        client._process = EarlyChild(started.pid)
+        client._thread = threading.Thread(target=client._read_only, name="nonroot-client", daemon=True)
+        client._thread.start()
+        return client
 
     @classmethod
     def forget_early(cls) -> None:
@@ -102,12 +103,6 @@ class DomainClient:
         if client is not None:
             client.kill()
             client.close()
-
-    @classmethod
-    def started_early(cls) -> "DomainClient | None":
-        """The client of the process that :meth:`start_early` has started, once."""
-        client, cls._early = cls._early, None
-        return client
 
     def spawn(self) -> None:
         """Start a domain's process. TransientError if the host has no process or memory for it."""
@@ -256,7 +251,7 @@ class DomainClient:
 
     def _start_process(self, theirs: socket.socket) -> None:
         child = None
-        if self._program == DEFAULT_PROGRAM:
+        if self._program == early.PROGRAM:
             template = Template.for_another()
             child = None if template is None else template.start(theirs, self._trace_fd)
         self._process = child or start_program(self._program, theirs, self._trace_fd)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from nonroot.domain import registry
-from nonroot.domain.client import process_environment
+from nonroot.domain.early import environment
 from nonroot.errors import TransientError, WaitTimeoutError, error_from_wire
 from nonroot.toolstack import place
 
@@ -127,7 +127,7 @@ def _start() -> None:
                     stdout=messages,
                     stderr=messages,
                     pass_fds=[theirs],
-                    env=process_environment(),
+                    env=environment(),
                     cwd="/",
                     start_new_session=True,
                 )

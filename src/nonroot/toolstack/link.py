@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from nonroot.domain.client import PROGRAM, process_environment
+from nonroot.domain.client import PROGRAM
+from nonroot.domain.early import environment
 from nonroot.domain.wire import VERSION, Kind, WireDecoder, WireError, pack_json
 from nonroot.errors import (
     DomainLostError,
@@ -60,7 +61,7 @@ class Link:
                 stdout=output,
                 stderr=output,
                 pass_fds=[theirs.fileno()],
-                env=process_environment(),
+                env=environment(),
                 cwd="/",
                 start_new_session=True,
             )
