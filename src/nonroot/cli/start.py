@@ -1,7 +1,13 @@
 """Where the ``nonroot`` command starts: with the process of the domain, if there is to be one, before all else."""
 
+import atexit
+import contextlib
 import os
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = ["ensure_standard_streams", "entry", "main"]
 
@@ -38,6 +44,11 @@ def ensure_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def entry() -> None:
-    """For ``python -m nonroot``."""
-    sys.exit(main())
+def entry() -> "NoReturn":
+    """The command's process: what is left to do at its end is done, but for taking Python to pieces."""
+    status = main()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

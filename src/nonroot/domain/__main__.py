@@ -1,6 +1,5 @@
 """``python -m nonroot.domain --control-fd N [--socket PATH]``: the process of one domain. Started by its client."""
 
-import argparse
 import faulthandler
 import gc
 import os
@@ -20,16 +19,23 @@ __all__ = ["main", "serve"]
 
 def main() -> NoReturn:
     """Serve until the domain ends; never returns."""
-    parser = argparse.ArgumentParser(prog="python -m nonroot.domain", description="The process of one domain.")
-    parser.add_argument("--control-fd", type=int, required=True, help="a connected Unix stream socket")
-    parser.add_argument("--socket", help="a path to listen at for further clients")
-    options = parser.parse_args()
+    number, path = _arguments(sys.argv[1:])
     faulthandler.enable()
     gc.freeze()
     gc.enable()
-    control = socket.socket(fileno=options.control_fd)
-    os.set_inheritable(options.control_fd, False)
-    serve(control, options.socket)
+    control = socket.socket(fileno=number)
+    os.set_inheritable(number, False)
+    serve(control, path)
+
+
+def _arguments(given: list[str]) -> tuple[int, str | None]:
+    """A connected Unix stream socket; a path to listen at for further clients. Only programs give these."""
+    options = dict(zip(given[::2], given[1::2], strict=False))
+    control = options.pop("--control-fd", "")
+    path = options.pop("--socket", None)
+    if options or len(given) % 2 or not control.isdecimal():
+        sys.exit("usage: python -m nonroot.domain --control-fd N [--socket PATH]")
+    return int(control), path
 
 
 def serve(control: socket.socket, path: str | None = None) -> NoReturn:

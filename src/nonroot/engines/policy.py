@@ -12,7 +12,6 @@ Sources: Intel SDM volume 2A, CPUID; volume 4, model-specific registers.
 
 from __future__ import annotations
 
-import difflib
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -168,6 +167,8 @@ class CpuPolicy:
         host, on, off = frozenset(host_features), frozenset(enable), frozenset(disable)
         for name in sorted(on | off):
             if name not in FEATURES:
+                import difflib  # only where somebody has mistyped
+
                 near = difflib.get_close_matches(name, FEATURES, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise BadOptionError(f"there is no CPU feature named {name}{hint}")

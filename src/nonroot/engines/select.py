@@ -7,8 +7,7 @@ not faithful. KVM counts only if the CPU itself shows ``vmx`` or ``svm``.
 
 from __future__ import annotations
 
-import difflib
-import platform
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +109,8 @@ def choose(
             raise UnsupportedError(problem)
         return Choice(name, f"the {name} engine was asked for")
     if name != AUTO:
+        import difflib
+
         near = difflib.get_close_matches(name, [*ENGINES, KVM, AUTO], 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([AUTO, *ENGINES, KVM])}"
         raise BadOptionError(f"there is no engine named {name}{hint}")
@@ -128,9 +129,9 @@ def choose(
     else:
         why = "this CPU shows neither vmx nor svm"
     missing = translator_missing() if unavailable is None else unavailable
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if os.uname().machine not in ("x86_64", "AMD64"):
         return Choice(
-            "interpret", f"this is a {platform.machine()} machine, so the portable interpreter runs the guest"
+            "interpret", f"this is a {os.uname().machine} machine, so the portable interpreter runs the guest"
         )
     if missing:
         return Choice("interpret", f"{why}, and {missing}, so the portable interpreter runs the guest")
@@ -139,8 +140,8 @@ def choose(
 
 def kvm_problem(device: Path = Path("/dev/kvm")) -> str:
     """Why this machine's KVM cannot run guests, one sentence; empty if it can."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"this is a {platform.machine()} machine, whose KVM runs no x86 guests; use another engine"
+    if os.uname().machine not in ("x86_64", "AMD64"):
+        return f"this is a {os.uname().machine} machine, whose KVM runs no x86 guests; use another engine"
     from nonroot.engines.kvm import probe
 
     return probe.problem(device)
