@@ -272,11 +272,15 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             if create is None and not self._go_on():
                 create = client.submit("create", options.to_wire())
             register = self._submit_registration()
+            # A fork need not be asked what it has become before it is powered on.
+            waiting = [self._power_on()] if create is not None and self._fork_of else []
             if create is not None:
                 self._description = create.wait(300)
-            waiting = [client.submit("attach_console")] if self._want_console else []
+            if self._want_console:
+                waiting.append(client.submit("attach_console"))
             self._start_time = time.monotonic()
-            waiting.append(self._power_on())
+            if not self._fork_of:
+                waiting.append(self._power_on())
             self._registered(register)
             for pending in waiting:
                 pending.wait(60)
@@ -390,8 +394,6 @@ class Domain(RunsCommands, HasScreen, HasDevices):
 
         :raises TransientError: a command is under way. :raises UnsupportedError: see :meth:`save`.
         """
-        from concurrent.futures import ThreadPoolExecutor
-
         self._need()
         Template.shared()
         pending = self._client.submit("fork")
@@ -405,12 +407,10 @@ class Domain(RunsCommands, HasScreen, HasDevices):
         try:
             pending.wait(120)
             files = pending.fds
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                starts = [pool.submit(child._start_as_fork, files) for child in new]
-            failures = [error for start in starts if (error := start.exception()) is not None]
-            children = [start.result() for start in starts if start.exception() is None]
-            if failures:
-                raise failures[0]
+            if len(new) == 1:
+                children = [new[0]._start_as_fork(files)]
+            else:
+                children = self._start_forks(new, files)
         except BaseException:
             for child in new:
                 child.destroy()
@@ -422,6 +422,17 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             target=self._prepare_fork, args=(pending.wait(),), name="nonroot-fork-ahead", daemon=True
         ).start()
         return children[0] if count is None else children
+
+    def _start_forks(self, new: "Sequence[Self]", files: Sequence[int]) -> "list[Self]":
+        """As many at once as there are processors; raises the first failure, after all."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            starts = [pool.submit(child._start_as_fork, files) for child in new]
+        failures = [error for start in starts if (error := start.exception()) is not None]
+        if failures:
+            raise failures[0]
+        return [start.result() for start in starts]
 
     def _prepare_fork(self, recipe: dict[str, Any]) -> None:
         """Whoever has forked once may do it again: have a process that has built the next one's machine."""

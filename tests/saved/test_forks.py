@@ -9,6 +9,7 @@ import pytest
 
 from nonroot import Domain, NotRunningError, TransientError, UnsupportedError
 from nonroot.guests import cached
+from nonroot.xenstore.client import XenStore
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -66,6 +67,32 @@ def test_many_forks_have_numbers_of_their_own(base: Domain) -> None:
         for child in children:
             child.destroy()
     assert read(base) == "base\n"
+
+
+def test_what_changes_in_xenstore_after_the_next_fork_was_prepared(base: Domain) -> None:
+    """Its machine and its nodes are made ahead, as the last fork's were."""
+    store = XenStore()
+
+    def home(domain: Domain) -> str:
+        return f"/local/domain/{domain.description['domid']}"
+
+    try:
+        store.write(f"{home(base)}/data/first", "1")
+        with base.fork() as child:
+            assert store.read(f"{home(child)}/data/first") == "1"
+        deadline = time.monotonic() + 20
+        while base._ahead is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert base._ahead is not None
+        store.rm(f"{home(base)}/data/first")
+        store.write(f"{home(base)}/data/second", "2")
+        with base.fork() as child:
+            assert store.ls(f"{home(child)}/data") == ["second"]
+            assert store.read(f"{home(child)}/domid") == home(child).rpartition("/")[2]
+            assert child.run(["true"]).returncode == 0
+        store.rm(f"{home(base)}/data/second")
+    finally:
+        store.close()
 
 
 def test_forks_are_saved_and_restored(base: Domain, tmp_path: Path) -> None:

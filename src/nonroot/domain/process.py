@@ -234,11 +234,12 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
         return description
 
     def _do_prepare(self, connection: Connection, request: int, params: dict[str, Any], blob: bytes) -> dict[str, Any]:
-        """Build the machine of a domain that will go on here: ``options`` and ``protocol`` of a fork's answer."""
+        """Build the machine of a domain that will go on here, of a fork's answer: see :meth:`Runner.recipe`."""
         if self._runner is not None or self._ahead is not None:
             raise NotRunningError("this process has its domain already")
         options = DomainOptions.from_wire(dict(params["options"]))
         self._ahead = Runner(options, lambda phase: None, str(params["protocol"]))
+        self._ahead.prepare_store(params.get("store"))
         return {}
 
     def _built_ahead(self, options: DomainOptions) -> Any:

@@ -465,7 +465,16 @@ class Runner:
         """What a process needs to build the machine of this domain's next fork ahead; empty if it cannot."""
         if self.has_devices:
             return {}
-        return {"options": plain_options(self._options), "protocol": self._machine.protocol}
+        store = None if self.xen is None else self.xen.last_saved
+        return {"options": plain_options(self._options), "protocol": self._machine.protocol, "store": store}
+
+    def prepare_store(self, record: dict[str, Any] | None) -> None:
+        """For one that was built ahead: have the nodes that the domain's last fork had. BadFileError."""
+        if self.xen is not None and record is not None:
+            try:
+                self.xen.prepare(Fields("XenStore", record))
+            except StateError as error:
+                raise BadFileError(f"the fork cannot be prepared: {error}") from None
 
     def snapshot(self) -> dict[str, Any]:
         """Remember this state, instead of an earlier one; the vCPU stands, and this is its thread."""
@@ -554,6 +563,7 @@ class Runner:
             "memory": self._options.memory,
             "virtual_time": self._options.virtual_time,
             "xen": self.xen is not None,
+            "domid": None if self.xen is None else self.xen.domid,
             "xen_reason": self._xen_reason,
             "device_model": INTERNAL if self.model is None else self._options.device_model,
         }

@@ -201,6 +201,9 @@ class XenServices:
         self._closed = False
         self._own_changes = 0
         self._former: list[int] = []
+        self._prepared: tuple[int, list[str]] | None = None  # whose nodes are there already, and which
+        self.last_saved: dict[str, Any] | None = None
+        """What :meth:`saved` has found last."""
         self._watch: Watch | None = None
         self._nodes: list[list[str]] = []  # as they were when that had last fired
         self._name = name or f"domain{self.domid}"
@@ -223,13 +226,18 @@ class XenServices:
             raise TransientError("the guest is in the middle of a request to XenStore", again=True)
         nodes = self._all_nodes()
         watches, begun = link.saved()
-        return {
+        self.last_saved = {
             "domid": self.domid,
             "former": self._former,
             "nodes": [field for node in nodes for field in node],
             "watches": [watch.hex() for watch in watches],
             "begun": begun.hex(),
         }
+        return self.last_saved
+
+    def prepare(self, record: Fields) -> None:
+        """Have the nodes that :meth:`saved` found, for a domain that may go on from there later. StateError."""
+        self._prepared = self._put_nodes(record, False)
 
     def resume(self, record: Fields, devices: Callable[[], object] = lambda: None, begun: bool = False) -> None:
         """
@@ -239,12 +247,27 @@ class XenServices:
         ``begun``: some of the nodes are there already.
         """
         old, former = record.number("domid", LAST_DOMID), record.numbers("former", LAST_DOMID)
-        fields = record.texts("nodes")
-        if len(fields) % 3:
-            raise StateError("XenStore state: nodes are not complete")
         self._former = [number for number in dict.fromkeys([*former, old]) if number != self.domid]
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            self._put_nodes(record, begun)
+        elif prepared != (old, record.texts("nodes")):
+            self._remove_nodes(record)
+            self._put_nodes(record, True)
         try:
             watches = [bytes.fromhex(watch) for watch in record.texts("watches")]
+        except ValueError as error:
+            raise StateError(f"XenStore state: {error}") from None
+        devices()
+        if self._link is not None:
+            self._link.resume(watches, record.data("begun", 1 << 16), frozenset(self._former), self.domid)
+
+    def _put_nodes(self, record: Fields, begun: bool) -> tuple[int, list[str]]:
+        """What :meth:`saved` found, under this domain's number; whose it was, and what. StateError."""
+        old, fields = record.number("domid", LAST_DOMID), record.texts("nodes")
+        if len(fields) % 3:
+            raise StateError("XenStore state: nodes are not complete")
+        try:
             values = [bytes.fromhex(value) for value in fields[1::3]]
             mine = (self._name, str(self.domid), "", str(self._memory >> 10))
             own = dict(zip(HOSTS_NODES, map(str.encode, mine), strict=True))
@@ -264,9 +287,16 @@ class XenServices:
             self.store.do_all(requests)  # nobody looks: a transaction would be time for nothing
         except (ValueError, XenStoreError) as error:
             raise StateError(f"XenStore state: {error}") from None
-        devices()
-        if self._link is not None:
-            self._link.resume(watches, record.data("begun", 1 << 16), frozenset(self._former), self.domid)
+        return old, fields
+
+    def _remove_nodes(self, record: Fields) -> None:
+        """All that :meth:`saved` did not find."""
+        kept = set(record.texts("nodes")[::3])
+        now: list[list[str]] = []
+        self._collect(now)
+        for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
+            if path not in HOSTS_NODES:
+                self.store.rm(f"{self.home}/{path}")
 
     def revert(self, record: Fields, seen: tuple[int, int]) -> None:
         """The guest goes back to what :meth:`saved` found, when :meth:`changes` was ``seen``: its nodes are as then."""
@@ -281,12 +311,7 @@ class XenServices:
             return  # nobody has changed anything
         if link is not None:
             link.restart()
-        kept = set(record.texts("nodes")[::3])
-        now: list[list[str]] = []
-        self._collect(now)
-        for path in sorted((node[0] for node in now if node[0] not in kept), reverse=True):
-            if path not in HOSTS_NODES:
-                self.store.rm(f"{self.home}/{path}")
+        self._remove_nodes(record)
         self.resume(record, begun=True)
 
     def changes(self) -> tuple[int, int]:
