@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,6 +243,10 @@ def isolinux_cd(image: Path, tree: Path) -> None:
 # ── whole systems ──
 
 
+UNUSED_SECONDS = 24 * 3600
+"""Images that nobody has asked for that long are removed when another one is made."""
+
+
 @contextmanager
 def _kept(name: str, facts: dict[str, str]) -> Iterator[tuple[Path, Path | None]]:
     """(the image's place in the cache, a draft to write if it is not there yet)."""
@@ -252,12 +257,16 @@ def _kept(name: str, facts: dict[str, str]) -> Iterator[tuple[Path, Path | None]
     final = folder / f"{stem}-{key}.{suffix}"
     with cache.locked("images"):
         if final.is_file():
+            os.utime(final, ns=(time.time_ns(), final.stat().st_mtime_ns))
             yield final, None
             return
         draft = final.with_suffix(".draft")
         yield final, draft
         for old in folder.glob(f"{stem}-*.{suffix}"):
-            old.unlink()
+            if (
+                time.time() - old.stat().st_atime > UNUSED_SECONDS
+            ):  # another test may be at work with one of other facts
+                old.unlink()
         draft.rename(final)
 
 
