@@ -263,9 +263,7 @@ def _kept(name: str, facts: dict[str, str]) -> Iterator[tuple[Path, Path | None]
         draft = final.with_suffix(".draft")
         yield final, draft
         for old in folder.glob(f"{stem}-*.{suffix}"):
-            if (
-                time.time() - old.stat().st_atime > UNUSED_SECONDS
-            ):  # another test may be at work with one of other facts
+            if time.time() - old.stat().st_atime > UNUSED_SECONDS:  # or a test may be at work with it
                 old.unlink()
         draft.rename(final)
 
