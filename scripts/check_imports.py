@@ -42,7 +42,7 @@ NOT_PURE = ("nonroot.hvm.machine", "nonroot.hvm.guest_ram", "nonroot.hvm.ram")
 
 # From the bottom up: a package imports only packages of its own row and of rows above it in this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("nonroot.errors", "nonroot._engine", "nonroot.spec"),
+    ("nonroot.errors", "nonroot._engine", "nonroot.programs", "nonroot.spec"),
     ("nonroot.engines",),
     ("nonroot.hvm", "nonroot.devices", "nonroot.boot", "nonroot.xen"),
     ("nonroot.guests", "nonroot.backends"),

@@ -272,15 +272,11 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             if create is None and not self._go_on():
                 create = client.submit("create", options.to_wire())
             register = self._submit_registration()
-            # A fork need not be asked what it has become before it is powered on.
-            waiting = [self._power_on()] if create is not None and self._fork_of else []
+            waiting = [client.submit("attach_console")] if self._want_console else []
+            waiting.append(self._power_on())
             if create is not None:
                 self._description = create.wait(300)
-            if self._want_console:
-                waiting.append(client.submit("attach_console"))
             self._start_time = time.monotonic()
-            if not self._fork_of:
-                waiting.append(self._power_on())
             self._registered(register)
             for pending in waiting:
                 pending.wait(60)

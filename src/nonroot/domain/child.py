@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any, ClassVar, Final, Protocol
 
+from nonroot import programs
 from nonroot.domain import host
-from nonroot.domain.early import environment
 
-__all__ = ["Child", "EarlyChild", "Template", "start_program"]
+__all__ = ["Child", "EarlyChild", "Template"]
 
 TEMPLATE: Final = "from nonroot.domain.template import main; main({})"
 MAX_REQUEST: Final = 1 << 16
@@ -39,57 +38,56 @@ class Child(Protocol):
         """Send a signal, if it still runs."""
 
 
-def start_program(
-    program: Sequence[str], control: socket.socket, output: int, inherited: Sequence[int] = ()
-) -> "subprocess.Popen[bytes]":
-    """A program with ``--control-fd N``. In a thread that lives as long as the domain shall. OSError."""
-    with open(os.devnull, "rb") as null:  # noqa: PTH123
-        return subprocess.Popen(
-            [*program, "--control-fd", str(control.fileno())],
-            stdin=null,
-            stdout=output,
-            stderr=output,
-            pass_fds=[control.fileno(), *inherited],
-            env=environment(),
-            cwd="/",
-            start_new_session=True,
-        )
-
-
-class EarlyChild:
-    """A process that :mod:`nonroot.domain.early` has started; a :class:`Child`."""
+class _OwnChild:
+    """A :class:`Child` that is no :class:`subprocess.Popen`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._status: int | None = None
-        self._lock = threading.Lock()
+
+    def _ended(self, timeout: float | None) -> int | None:
+        """How it ended; None if it has not within ``timeout`` seconds. Not asked again when it has."""
+        raise NotImplementedError
 
     def poll(self) -> int | None:
         """How it ended."""
-        with self._lock:
-            if self._status is None:
-                ended, status = os.waitpid(self.pid, os.WNOHANG)
-                self._status = os.waitstatus_to_exitcode(status) if ended else None
-            return self._status
+        if self._status is None:
+            self._status = self._ended(0)
+        return self._status
 
     def wait(self, timeout: float | None = None) -> int:
         """How it ended, when it has."""
-        if (status := self.poll()) is not None:
-            return status
-        watched = os.pidfd_open(self.pid)
-        try:
-            ready, _, _ = select.select([watched], [], [], timeout)
-        finally:
-            os.close(watched)
-        status = self.poll() if ready else None
-        if status is None:
+        if self._status is None:
+            self._status = self._ended(timeout)
+        if self._status is None:
             raise subprocess.TimeoutExpired("a domain's process", timeout or 0.0)
-        return status
+        return self._status
 
     def send_signal(self, sig: int) -> None:
         """Send a signal, if it still runs."""
         if self.poll() is None:
             os.kill(self.pid, sig)
+
+
+class EarlyChild(_OwnChild):
+    """A process that :mod:`nonroot.domain.early` has started."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self._lock = threading.Lock()
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if timeout != 0 and self.poll() is None:
+            watched = os.pidfd_open(self.pid)
+            try:
+                select.select([watched], [], [], timeout)
+            finally:
+                os.close(watched)
+        with self._lock:
+            if self._status is None:  # otherwise another thread has asked meanwhile
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self._status = os.waitstatus_to_exitcode(status) if ended else None
+            return self._status
 
 
 class Template:
@@ -143,7 +141,7 @@ class Template:
         """A new process for a domain. None if it cannot be had this way. OSError if the host has none."""
         with self._lock:
             number, self._next = self._next, self._next + 1
-        packet = json.dumps({"start": number, "environment": environment()}).encode()
+        packet = json.dumps({"start": number, "environment": programs.environment()}).encode()
         if len(packet) > MAX_REQUEST or self._gone:
             return None
         try:
@@ -177,16 +175,7 @@ class Template:
         # The kernel watches the thread that starts a process: this one lives as long as we do.
         try:
             program = [sys.executable, "-P", "-c", TEMPLATE.format(theirs.fileno())]
-            with open(os.devnull, "rb") as null:  # noqa: PTH123
-                self._process = subprocess.Popen(
-                    program,
-                    stdin=null,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=environment(),
-                    cwd="/",
-                    start_new_session=True,
-                )
+            self._process = programs.start(program, stdout=subprocess.DEVNULL, fds=[theirs.fileno()])
         except OSError:
             self._gone = True
         finally:
@@ -218,32 +207,15 @@ class Template:
             self._ended[record["ended"]] = int(record["status"])
 
 
-class TemplateChild:
-    """A process that a template made; a :class:`Child`."""
+class TemplateChild(_OwnChild):
+    """A process that a template made."""
 
     def __init__(self, template: Template, pid: int) -> None:
-        self.pid = pid
+        super().__init__(pid)
         self._template = template
-        self._status: int | None = None
 
-    def poll(self) -> int | None:
-        """How it ended."""
-        if self._status is None:
-            self._status = self._template.ended(self.pid, 0)
-        return self._status
-
-    def wait(self, timeout: float | None = None) -> int:
-        """How it ended, when it has."""
-        if self._status is None:
-            self._status = self._template.ended(self.pid, timeout)
-        if self._status is None:
-            raise subprocess.TimeoutExpired("a domain's process", timeout or 0.0)
-        return self._status
-
-    def send_signal(self, sig: int) -> None:
-        """Send a signal, if it still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, sig)
+    def _ended(self, timeout: float | None) -> int | None:
+        return self._template.ended(self.pid, timeout)
 
     def __del__(self) -> None:
         self._template.forget(self.pid)

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nonroot import programs
 from nonroot.domain import early, host
-from nonroot.domain.child import Child, EarlyChild, Template, start_program
+from nonroot.domain.child import Child, EarlyChild, Template
 from nonroot.domain.wire import VERSION, Kind, Message, WireDecoder, WireError, pack, pack_json
 from nonroot.errors import DomainLostError, InternalError, NonrootError, TransientError, error_from_wire
 
@@ -250,11 +251,14 @@ class DomainClient:
         self._fail_all(reason)
 
     def _start_process(self, theirs: socket.socket) -> None:
-        child = None
+        child: Child | None = None
         if self._program == early.PROGRAM:
             template = Template.for_another()
             child = None if template is None else template.start(theirs, self._trace_fd)
-        self._process = child or start_program(self._program, theirs, self._trace_fd)
+        if child is None:
+            program = [*self._program, "--control-fd", str(theirs.fileno())]
+            child = programs.start(program, stdout=self._trace_fd, stderr=self._trace_fd, fds=[theirs.fileno()])
+        self._process = child
         self.pid = self._process.pid
 
     def _receive(self) -> NonrootError:

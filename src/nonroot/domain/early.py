@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 
-__all__ = ["Early", "environment", "start", "started"]
+from nonroot.programs import environment
+
+__all__ = ["Early", "start", "started"]
 
 _LOADS = "from nonroot.domain.__main__ import main; main()"
 PROGRAM = [sys.executable, "-P", "-c", _LOADS]
@@ -71,17 +73,3 @@ def started() -> "Early | None":
     global _started
     early, _started = _started, None
     return early
-
-
-def environment() -> "dict[str, str]":
-    """Ours, such that a new Python finds this package."""
-    package = os.path.realpath(__file__)  # pathlib would take longer to load than all else here
-    for _ in ("early.py", "domain", "nonroot"):
-        package = os.path.split(package)[0]
-    environment = dict(os.environ)
-    search = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if os.path.split(package)[1] not in ("site-packages", "dist-packages"):
-        search.append(package)
-    if search:
-        environment["PYTHONPATH"] = os.pathsep.join(search)
-    return environment

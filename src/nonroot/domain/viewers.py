@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from nonroot import programs
 from nonroot.errors import BadOptionError, InternalError, NonrootError, TransientError
 
 __all__ = ["PROGRAM", "Address", "Viewers", "parse_address"]
@@ -192,14 +193,8 @@ class Viewers:
             self._process.poll()  # an earlier one, which could not listen
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with open(os.devnull, "r+b") as null:  # noqa: PTH123
-                self._process = subprocess.Popen(
-                    [*PROGRAM, "--control-fd", str(theirs.fileno())],
-                    stdin=null,
-                    stdout=null,
-                    pass_fds=[theirs.fileno()],
-                    cwd="/",
-                )
+            program = [*PROGRAM, "--control-fd", str(theirs.fileno())]
+            self._process = programs.start(program, stdout=subprocess.DEVNULL, fds=[theirs.fileno()])
         except OSError as error:
             ours.close()
             self._fail(TransientError(f"the VNC server cannot be started: {error.strerror or error}"))

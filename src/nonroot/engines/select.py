@@ -129,10 +129,8 @@ def choose(
     else:
         why = "this CPU shows neither vmx nor svm"
     missing = translator_missing() if unavailable is None else unavailable
-    if os.uname().machine not in ("x86_64", "AMD64"):
-        return Choice(
-            "interpret", f"this is a {os.uname().machine} machine, so the portable interpreter runs the guest"
-        )
+    if other := _other_machine():
+        return Choice("interpret", f"this is a {other} machine, so the portable interpreter runs the guest")
     if missing:
         return Choice("interpret", f"{why}, and {missing}, so the portable interpreter runs the guest")
     return Choice("translate", f"{why}, so translated code runs the guest")
@@ -140,11 +138,17 @@ def choose(
 
 def kvm_problem(device: Path = Path("/dev/kvm")) -> str:
     """Why this machine's KVM cannot run guests, one sentence; empty if it can."""
-    if os.uname().machine not in ("x86_64", "AMD64"):
-        return f"this is a {os.uname().machine} machine, whose KVM runs no x86 guests; use another engine"
+    if other := _other_machine():
+        return f"this is a {other} machine, whose KVM runs no x86 guests; use another engine"
     from nonroot.engines.kvm import probe
 
     return probe.problem(device)
+
+
+def _other_machine() -> str:
+    """What this machine is, if it is no x86-64."""
+    machine = os.uname().machine
+    return "" if machine in ("x86_64", "AMD64") else machine
 
 
 def translator_missing() -> str:

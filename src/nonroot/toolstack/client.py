@@ -6,14 +6,13 @@ import json
 import os
 import select
 import socket
-import subprocess
 import sys
 import time
 from types import TracebackType
 from typing import Any, Final, Self
 
+from nonroot import programs
 from nonroot.domain import registry
-from nonroot.domain.early import environment
 from nonroot.errors import TransientError, WaitTimeoutError, error_from_wire
 from nonroot.toolstack import place
 
@@ -121,16 +120,7 @@ def _start() -> None:
             command += ["--idle", idle]
         try:
             with log.open("ab") as messages:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=messages,
-                    stderr=messages,
-                    pass_fds=[theirs],
-                    env=environment(),
-                    cwd="/",
-                    start_new_session=True,
-                )
+                process = programs.start(command, stdout=messages, stderr=messages, fds=[theirs])
         except OSError as error:
             raise TransientError(f"domain zero cannot be started: {error.strerror or error}") from None
         finally:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
+from nonroot import programs
 from nonroot.domain.client import PROGRAM
-from nonroot.domain.early import environment
 from nonroot.domain.wire import VERSION, Kind, WireDecoder, WireError, pack_json
 from nonroot.errors import (
     DomainLostError,
@@ -55,16 +55,8 @@ class Link:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # In the main thread, which lives as long as we do: the kernel watches the thread that started the process.
-            self._process = subprocess.Popen(
-                [*PROGRAM, "--control-fd", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-                env=environment(),
-                cwd="/",
-                start_new_session=True,
-            )
+            program = [*PROGRAM, "--control-fd", str(theirs.fileno())]
+            self._process = programs.start(program, stdout=output, stderr=output, fds=[theirs.fileno()])
         except OSError as error:
             ours.close()
             raise TransientError(f"the domain's process cannot be started: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nonroot import programs
 from nonroot.domain.registry import runtime_dir
 from nonroot.xenstore.errors import XenStoreLostError
 
@@ -75,14 +76,8 @@ def _start(path: Path) -> None:
         if connection is not None:  # another starter was quicker
             connection.close()
             return
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nonroot.xenstore", "--detach"],
-            stdin=subprocess.DEVNULL,
-            stdout=messages,
-            stderr=messages,
-            cwd="/",
-            start_new_session=True,
-        )
+        command = [sys.executable, "-P", "-m", "nonroot.xenstore", "--detach"]
+        process = programs.start(command, stdout=messages, stderr=messages)
         try:
             status = process.wait(_START_SECONDS)  # it detaches when it listens
         except subprocess.TimeoutExpired:
