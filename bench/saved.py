@@ -41,6 +41,7 @@ echo "SAVED: ready"
 while read word; do echo "SAVED: $word"; done
 """
 TIMEOUT = 120.0  # seconds
+FORKS = 25
 
 Times = dict[str, float]
 
@@ -75,6 +76,7 @@ class Nonroot:
             guest.kernel, initrd, APPEND, f"{memory}M", engine, agent=False, xen=False
         )
         self._folder = folder
+        self._memory, self._engine = memory, engine
 
     def _answered(self, domain: nonroot.Domain, word: str, lines: Lines) -> None:
         domain.console.write(word + "\n")
@@ -119,7 +121,25 @@ class Nonroot:
             domain.revert()
             times["revert"] = watch()
             self._answered(domain, "after", lines)
+        for xen in (False, True):
+            times |= self._forks(xen)
         return times
+
+    def _forks(self, xen: bool) -> Times:
+        """Of a domain that was forked before: until the vCPU is let go, and until the caller has it; medians."""
+        first: list[float] = []
+        given: list[float] = []
+        with nonroot.Domain.boot(memory=f"{self._memory}M", engine=self._engine, xen=xen) as base:
+            base.fork().destroy()
+            for _ in range(FORKS):
+                time.sleep(0.3)  # meanwhile, the next one's machine is built
+                began = time.monotonic()
+                with base.fork() as child:
+                    given.append(time.monotonic() - began)
+                    runs_for = child.stats.wall_seconds
+                    first.append(time.monotonic() - runs_for - began)
+        what = "fork with Xen" if xen else "fork without Xen"
+        return {f"{what}, runs": statistics.median(first), f"{what}, is given": statistics.median(given)}
 
 
 class _Ending:

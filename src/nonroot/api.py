@@ -271,9 +271,11 @@ class Domain(RunsCommands, HasScreen, HasDevices):
             check_version(hello.wait(60))
             if create is None and not self._go_on():
                 create = client.submit("create", options.to_wire())
-            register = self._submit_registration()
+            # Before it runs, if its name may be somebody else's, or its process will not reach the list any more.
+            register = self._submit_registration() if self._name is not None or self._sealed else None
             waiting = [client.submit("attach_console")] if self._want_console else []
             waiting.append(self._power_on())
+            register = register or self._submit_registration()
             if create is not None:
                 self._description = create.wait(300)
             self._start_time = time.monotonic()

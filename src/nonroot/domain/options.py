@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +210,19 @@ class DomainOptions:
 
     def to_wire(self) -> dict[str, Any]:
         """As the ``create`` request carries it."""
-        return asdict(self)
+        values = ((name, getattr(self, name)) for name in _NAMES)
+        return {name: list(value) if isinstance(value, list) else value for name, value in values}
 
     @classmethod
     def from_wire(cls, record: dict[str, Any]) -> "DomainOptions":
         """BadOptionError if a name is unknown; the values are checked by :meth:`check`."""
-        unknown = set(record) - {f.name for f in fields(cls)}
+        unknown = set(record).difference(_NAMES)
         if unknown:
             raise BadOptionError(f"unknown option: {', '.join(sorted(unknown))}")
         return cls(**record)
+
+
+_NAMES = tuple(f.name for f in fields(DomainOptions))
 
 
 def host_memory() -> int:

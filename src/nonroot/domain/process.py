@@ -239,7 +239,7 @@ class DomainProcess(DisplayRequests, DeviceRequests, SaveRequests):
             raise NotRunningError("this process has its domain already")
         options = DomainOptions.from_wire(dict(params["options"]))
         self._ahead = Runner(options, lambda phase: None, str(params["protocol"]))
-        self._ahead.prepare_store(params.get("store"))
+        self._ahead.prepare(params.get("store"))
         return {}
 
     def _built_ahead(self, options: DomainOptions) -> Any:

@@ -12,7 +12,6 @@ import os
 import resource
 import socket
 import struct
-import sys
 import threading
 import time
 from collections import deque
@@ -42,6 +41,7 @@ from nonroot.domain.saving import (
     plain_options,
     read_layers,
     read_saved,
+    rehearse,
     write_fork,
     write_saved,
 )
@@ -78,8 +78,6 @@ MAX_KEYS = 1 << 20
 """Console input beyond this that the guest has not read is dropped."""
 MAX_FILE = 8 << 30
 HELLO = 0x81
-SWITCH_SECONDS = 0.0002
-"""After which one thread of Python's gives way to another, where the other's waiting is what takes time."""
 INHERITED = "/proc/self/fd/"
 _RUN = struct.Struct("<QQIQ")
 
@@ -260,27 +258,7 @@ class Runner:
             base.close()
         self._options = saved.options
         machine.power_on_was(self._power_on_ns(saved))
-        # XenStore, which is mostly waiting, meanwhile.
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_SECONDS)
-        failures: list[BaseException] = []
-
-        def store() -> None:
-            try:
-                self._fill_store(machine, saved)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=store, name="nonroot-store")
-        thread.start()
-        try:
-            self._fill_machine(machine, saved)
-        finally:
-            thread.join()
-            sys.setswitchinterval(interval)
-        if failures:
-            raise failures[0]
-        _close_inherited(self._options.saved)
+        self._fill(machine, saved)
         return True
 
     def _resumable(
@@ -468,13 +446,14 @@ class Runner:
         store = None if self.xen is None else self.xen.last_saved
         return {"options": plain_options(self._options), "protocol": self._machine.protocol, "store": store}
 
-    def prepare_store(self, record: dict[str, Any] | None) -> None:
-        """For one that was built ahead: have the nodes that the domain's last fork had. BadFileError."""
-        if self.xen is not None and record is not None:
-            try:
-                self.xen.prepare(Fields("XenStore", record))
-            except StateError as error:
-                raise BadFileError(f"the fork cannot be prepared: {error}") from None
+    def prepare(self, store: dict[str, Any] | None) -> None:
+        """For one that was built ahead: have the nodes that the domain's last fork had, and rehearse. BadFileError."""
+        try:
+            if self.xen is not None and store is not None:
+                self.xen.prepare(Fields("XenStore", store))
+            rehearse(self._machine, self._options)
+        except StateError as error:
+            raise BadFileError(f"the fork cannot be prepared: {error}") from None
 
     def snapshot(self) -> dict[str, Any]:
         """Remember this state, instead of an earlier one; the vCPU stands, and this is its thread."""

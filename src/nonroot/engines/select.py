@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -81,6 +82,12 @@ def host_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     return frozenset()
 
 
+@lru_cache(maxsize=1)
+def _own_flags() -> frozenset[str]:
+    """Those of this machine, read once: that takes a while beside a fork."""
+    return host_flags()
+
+
 def choose(
     name: str = AUTO,
     *,
@@ -114,7 +121,7 @@ def choose(
         near = difflib.get_close_matches(name, [*ENGINES, KVM, AUTO], 1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([AUTO, *ENGINES, KVM])}"
         raise BadOptionError(f"there is no engine named {name}{hint}")
-    flags = host_flags() if flags is None else flags
+    flags = _own_flags() if flags is None else flags
     hardware = {"vmx": "VT-x", "svm": "AMD-V"}
     has = next((text for flag, text in hardware.items() if flag in flags), None)
     if has is not None and interpreted:

@@ -88,6 +88,7 @@ class StateRecord:
     _HEADER: ClassVar[struct.Struct] = struct.Struct("<8sHHI")
     _body: ClassVar[struct.Struct | None] = None
     _fields: "ClassVar[tuple[Field[Any], ...] | None]" = None
+    _ranges: "ClassVar[tuple[tuple[str, int, int], ...] | None]" = None
 
     @classmethod
     def parts(cls) -> "tuple[Field[Any], ...]":
@@ -113,13 +114,29 @@ class StateRecord:
         """Bytes of a packed record, header included; the same for every record of this version."""
         return cls._HEADER.size + cls.layout().size
 
+    @classmethod
+    def ranges(cls) -> "tuple[tuple[str, int, int], ...]":
+        """Name, minimum and maximum of each field; found once. Of one that is no number, what no number is between."""
+        ranges = cls.__dict__.get("_ranges")
+        if ranges is None:
+            ranges = cls._ranges = tuple(
+                (f.name, f.metadata["minimum"], f.metadata["maximum"])
+                if f.metadata["kind"] == "number"
+                else (f.name, 1, 0)
+                for f in cls.parts()
+            )
+        assert isinstance(ranges, tuple)
+        return ranges
+
     def check(self) -> None:
         """Raise StateError naming the first field that is out of range, or inconsistent with the others."""
-        for f in self.parts():
-            value = getattr(self, f.name)
-            problem = _problem(value, f.metadata)
+        for number, (name, low, high) in enumerate(self.ranges()):
+            value = getattr(self, name)
+            if type(value) is int and low <= value <= high:
+                continue  # most are: the rest is slower
+            problem = _problem(value, self.parts()[number].metadata)
             if problem:
-                raise StateError(f"{self.NAME} state: {f.name} {problem}")
+                raise StateError(f"{self.NAME} state: {name} {problem}")
         self.check_consistency()
 
     def check_consistency(self) -> None:
